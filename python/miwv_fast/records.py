@@ -1,0 +1,242 @@
+"""Instruction records: four shapes of data become one form, and nothing that came in is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from miwv_fast.sources import Row, Source
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class MalformedRecord(ValueError):
+    """A row that is not an instruction record; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One instruction, the input that belongs to it (often empty), and the response to be scored."""
+
+    instruction: str
+    input: str
+    response: str
+
+    @property
+    def prompt(self) -> str:
+        """The instruction, and the input on a line of its own where there is one."""
+        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record in the one form that the rest of the package knows: a system text and one or more turns."""
+
+    index: int
+    id: str | None
+    system: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def embedded_text(self) -> str:
+        """What the neighbour search compares: instruction and input, or all user turns, joined by newlines."""
+        return "\n".join(turn.prompt for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row that could not be read as a record: where it stood, what was wrong, and the row itself."""
+
+    index: int
+    location: str
+    reason: str
+    row: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """All records of a run, held as Arrow columns (text size, no Python objects), in input order.
+
+    `status[i]` is None for a record that can be scored, otherwise `malformed`, `empty_instruction` or
+    `empty_response`. `records[i]` builds the `Record`; a malformed one has no turns.
+    """
+
+    table: pa.Table
+    status: list[str | None]
+    rejections: list[Rejection] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.table.slice(index, 1).to_pylist()[0]
+        turns = tuple(Turn(turn["instruction"], turn["input"], turn["response"]) for turn in row["turns"])
+        return Record(index, row["id"], row["system"], turns)
+
+    def ids(self) -> pa.ChunkedArray:
+        """The records' own ids, null where a record has none."""
+        return self.table["id"]
+
+
+_TURN = pa.struct([("instruction", pa.string()), ("input", pa.string()), ("response", pa.string())])
+_SCHEMA = pa.schema([("id", pa.string()), ("system", pa.string()), ("turns", pa.list_(_TURN))])
+
+
+def read_records(source: Source) -> Records:
+    """Reads every row of a source; rows that are no records are kept as `malformed`, with the reason.
+
+    Raises ValueError if the source has no rows at all or none of them is a record.
+    """
+    batches: list[pa.RecordBatch] = []
+    pending: list[dict[str, Any]] = []
+    pending_size = 0
+    status: list[str | None] = []
+    rejections: list[Rejection] = []
+    for index, row in enumerate(source.rows()):
+        try:
+            record = _read_row(index, row)
+            status.append(_emptiness(record))
+        except MalformedRecord as error:
+            record = Record(index, None, "", ())
+            status.append("malformed")
+            rejections.append(Rejection(index, row.location, str(error), row.text()))
+        turns = [{"instruction": t.instruction, "input": t.input, "response": t.response} for t in record.turns]
+        pending.append({"id": record.id, "system": record.system, "turns": turns})
+        pending_size += len(record.system) + sum(len(t.prompt) + len(t.response) for t in record.turns)
+        if len(pending) == 8192 or pending_size > 1 << 26:
+            batches.append(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
+            pending, pending_size = [], 0
+    if pending:
+        batches.append(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
+    if not status:
+        raise ValueError(f"{source.name} has no records")
+    if len(rejections) == len(status):
+        first = rejections[0]
+        raise ValueError(f"{source.name} has no readable record; {first.location}: {first.reason}")
+    return Records(pa.Table.from_batches(batches, schema=_SCHEMA), status, rejections)
+
+
+def parse_record(value: object, index: int = 0) -> Record:
+    """Reads one record of any of the four shapes, recognised by its keys.
+
+    Shapes: Alpaca (`instruction`, `input`, `output`), `prompt` with `completion` or `response`, OpenAI
+    `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that says what is wrong.
+    """
+    if not isinstance(value, Mapping):
+        raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
+    present = {key for key, item in value.items() if item is not None}
+    own_id = value.get("id")
+    record_id = str(own_id) if isinstance(own_id, str | int) else None
+    if record_id is not None:
+        _check_text("id", record_id)
+    if "messages" in present:
+        system, turns = _read_conversation(value["messages"], "messages", "role", "content")
+    elif "conversations" in present:
+        system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
+        system = system or _text(value, "system")
+    elif "instruction" in value and "output" in value:
+        system, turns = "", (Turn(_text(value, "instruction"), _text(value, "input"), _text(value, "output")),)
+    elif "prompt" in value and ("completion" in value or "response" in value):
+        response = "completion" if "completion" in value else "response"
+        system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, response)),)
+    else:
+        keys = ", ".join(str(key) for key in list(value)[:8]) or "none"
+        raise MalformedRecord(
+            "its fields name no known shape; expected instruction and output, prompt and completion or response, "
+            f"messages, or conversations, found: {keys}"
+        )
+    return Record(index, record_id, system, turns)
+
+
+def _read_row(index: int, row: Row) -> Record:
+    if row.error is not None:
+        raise MalformedRecord(row.error)
+    return parse_record(row.value, index)
+
+
+def _emptiness(record: Record) -> str | None:
+    if not any(turn.instruction.strip() for turn in record.turns):
+        return "empty_instruction"
+    if not any(turn.response.strip() for turn in record.turns):
+        return "empty_response"
+    return None
+
+
+def _read_conversation(messages: object, name: str, role_key: str, text_key: str) -> tuple[str, tuple[Turn, ...]]:
+    """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}")
+    system, turns, user = "", [], None
+    for position, message in enumerate(messages):
+        where = f"{name}[{position}]"
+        if not isinstance(message, Mapping):
+            raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")
+        said = message.get(role_key)
+        role = _ROLES.get(said) if isinstance(said, str) else None
+        if role is None:
+            raise MalformedRecord(f"{where} has {role_key} {said!r}; known are {', '.join(_ROLES)}")
+        text = _content(message, text_key, where)
+        if role == "system":
+            if position:
+                raise MalformedRecord(f"{where}: a system message may only come first")
+            system = text
+        elif role == "user":
+            if user is not None:
+                raise MalformedRecord(f"{where}: two user messages in a row")
+            user = text
+        else:
+            if user is None:
+                raise MalformedRecord(f"{where}: an assistant message that follows no user message")
+            turns.append(Turn(user, "", text))
+            user = None
+    if not turns:
+        if user is None:
+            raise MalformedRecord(f"{name!r} has no user message")
+        turns.append(Turn(user, "", ""))
+    return system, tuple(turns)
+
+
+def _content(message: Mapping[str, Any], key: str, where: str) -> str:
+    """A message's text; OpenAI's list of parts is joined where all parts are text."""
+    content = message.get(key)
+    if not isinstance(content, list):
+        return _text(message, key, where)
+    parts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise MalformedRecord(f"{where}: only text can be scored, found a part that is {_describe(part)}")
+        parts.append(_text(part, "text", where))
+    return "".join(parts)
+
+
+def _text(value: Mapping[str, Any], key: str, where: str = "") -> str:
+    text = value.get(key)
+    name = f"{where}.{key}" if where else key
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise MalformedRecord(f"{name!r} should be text, it is {_describe(text)}")
+    _check_text(name, text)
+    return text
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MalformedRecord(f"{name!r} is not valid Unicode at character {error.start}: a lone surrogate") from None
+
+
+def _describe(value: object) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,0 +1,193 @@
+"""The scores of a data set: the table, ranking and selection, and how they lie on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from miwv_fast import ranker
+from miwv_fast.records import Rejection
+from miwv_fast.sources import FileSource, Source, open_source
+
+STATUSES = (
+    "ok",
+    "truncated",
+    "too_long",
+    "demonstration_too_long",
+    "empty_instruction",
+    "empty_response",
+    "malformed",
+    "no_neighbor",
+    "non_finite",
+)
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        ("miwv", pa.float32()),
+        ("nll_one_shot", pa.float32()),
+        ("nll_zero_shot", pa.float32()),
+        ("response_tokens", pa.int32()),
+        ("neighbor", pa.int64()),
+        ("similarity", pa.float32()),
+        ("status", pa.string()),
+    ]
+)
+_MANIFEST_KEY = b"miwv_fast"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row per input record, in input order.
+
+    `table` columns: `index` int64; `id` string; `miwv`, `nll_one_shot`, `nll_zero_shot` float32 in nats per token,
+    null where not scored; `response_tokens` int32, how many tokens were scored; `neighbor` int64, the demonstration;
+    `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about.
+    """
+
+    table: pa.Table
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.counts().items())
+        return f"Scores({len(self)} records: {counts})"
+
+    def counts(self) -> dict[str, int]:
+        """How many records have each status, in the order of `STATUSES`, without the zeros."""
+        seen = {pair["values"]: pair["counts"] for pair in self.table["status"].value_counts().to_pylist()}
+        return {status: seen[status] for status in STATUSES if status in seen}
+
+    def rank(self) -> np.ndarray:
+        """Record numbers, int64 [N], highest MIWV first; ties by the lowest number, records without a score last."""
+        miwv = self.table["miwv"].to_numpy(zero_copy_only=False)
+        return ranker.rank(miwv.astype(np.float64))
+
+    def select(self, top: str | float | int, data: object = None) -> list[dict[str, Any]]:
+        """The best records, best first, as they came.
+
+        `top`: "1%" or a float in (0, 1] is a share of all input records, rounded down, at least one record; an int
+        is a count. `data` replaces the data that was scored, if it has moved. Raises ValueError if the data
+        cannot be found again or is not what was scored.
+        """
+        best = self.best(top)
+        source = self.source if data is None else open_source(data)
+        if source is None:
+            raise ValueError("these scores do not hold their records; give the data that was scored as `data`")
+        chosen = set(best.tolist())
+        rows: dict[int, dict[str, Any]] = {}
+        number = -1
+        for number, row in enumerate(source.rows()):
+            if number in chosen:
+                rows[number] = row.value
+        if number + 1 != len(self):
+            raise ValueError(f"{source.name} has {number + 1} records, the scores are of {len(self)}: other data")
+        return [rows[number] for number in best.tolist()]
+
+    def best(self, top: str | float | int) -> np.ndarray:
+        """The numbers of the records that `select(top)` returns, int64, best first."""
+        wanted = ranker.selection_size(top, len(self))
+        scored = len(self) - self.table["miwv"].null_count
+        if wanted > scored:
+            _log.warning("%d records were asked for, only %d have a score: selecting those", wanted, scored)
+        return self.rank()[: min(wanted, scored)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table as one Parquet file, the manifest in its metadata; replaces a file that is there."""
+        manifest = json.dumps(dict(self.manifest)).encode()
+        write_atomically(
+            Path(path), lambda out: pq.write_table(self.table.replace_schema_metadata({_MANIFEST_KEY: manifest}), out)
+        )
+
+
+def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
+    """Reads scores from a Parquet file that `Scores.save` wrote, or from a run folder.
+
+    `data` says where the scored data is now; without it the manifest's paths are used. Raises FileNotFoundError if
+    there is no such file, ValueError if it holds no scores.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "scores.parquet"
+    if not file.is_file():
+        raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
+    try:
+        table = pq.read_table(file)
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+    metadata = table.schema.metadata or {}
+    table = table.replace_schema_metadata(None)
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"{file} does not hold MIWV scores: its columns are {', '.join(table.column_names)}")
+    manifest = json.loads(metadata.get(_MANIFEST_KEY, b"{}"))
+    return Scores(table, manifest, _find_source(manifest, data, file.parent))
+
+
+def _find_source(manifest: Mapping[str, Any], data: object, folder: Path) -> Source | None:
+    if data is not None:
+        return open_source(data)
+    if (folder / "data.jsonl").is_file():
+        return open_source(folder / "data.jsonl")
+    described = manifest.get("data", {})
+    if "data_set" in described:
+        return open_source(described["data_set"])
+    files = described.get("files", [])
+    paths = [Path(file["path"]) for file in files]
+    if not paths or not all(path.is_file() for path in paths):
+        return None
+    source = FileSource(paths)
+    if source.describe()["files"] != files:
+        _log.warning("%s has changed since it was scored", source.name)
+    return source
+
+
+def write_run(folder: Path, scores: Scores, rejections: Iterable[Rejection]) -> None:
+    """Writes a finished run: `manifest.json`, `rejected.jsonl`, `scores.parquet`, and `data.jsonl` if there is no file
+    that the records can be read from again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = scores.manifest["data"]
+    if scores.source is not None and "files" not in described and "data_set" not in described:
+        write_jsonl(folder / "data.jsonl", (row.value for row in scores.source.rows()))
+    rejected = ({"index": r.index, "location": r.location, "reason": r.reason, "row": r.row} for r in rejections)
+    write_jsonl(folder / "rejected.jsonl", rejected)
+    manifest = json.dumps(dict(scores.manifest), indent=2) + "\n"
+    write_atomically(folder / "manifest.json", lambda out: out.write_text(manifest, encoding="utf-8"))
+    scores.save(folder / "scores.parquet")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Writes one JSON value per line, UTF-8, text as it is."""
+
+    def write(out: Path) -> None:
+        with out.open("w", encoding="utf-8", errors="surrogatepass") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    write_atomically(Path(path), write)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside the target and renames, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""Text to tokens such that decoding gives the text back and text from data never becomes a control token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+# Texts that later segments are encoded behind. One that ends in a newline rarely merges with what follows; the
+# others are for texts that begin with a newline, and for tokenizers that do not know the newline.
+_ANCHORS = ("\n", "a", ".", "0", "\u3042")
+_BLANKS = " \t\r\n\u2581"
+
+
+class SegmentEncoder:
+    """Encodes the segments of a sequence one by one, so that boundaries between them are token boundaries.
+
+    `bos` is what the tokenizer puts before every text. `text` is for data: spellings of control tokens become
+    ordinary tokens. `split_controls` is for templates: it finds the control tokens that a template writes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._controls = {
+            token.content: (number, token)
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content.strip(_BLANKS)
+        }
+        self._control_ids = frozenset(number for number, _ in self._controls.values())
+        spellings = sorted(self._controls, key=len, reverse=True)
+        self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        # Blanks that a control token swallows by its own definition are swallowed in templates only.
+        self._swallowing = re.compile("|".join(map(self._pattern, spellings)) or r"(?!)")
+        self._backend = _without_controls(tokenizer, self._controls)
+        self._warned = False
+        self.bos = self._find_bos()
+        self._keeps_text = all(
+            self._decode(self._raw(left) + self._raw(right)) == left + right
+            for left, right in (("a", "b"), ("a", " b"), ("a", "\nb"), ("a\n", "b"))
+        )
+        self.text = lru_cache(maxsize=1 << 17)(self._text)
+
+    def _text(self, text: str, first: bool) -> tuple[int, ...]:
+        """Tokens of one segment; `first` says that nothing but BOS comes before it in the sequence."""
+        ids = self._segment(text, first)
+        if not self._control_ids.isdisjoint(ids):
+            # A vocabulary that holds the spelling itself: cut inside each spelling, which no token can then span.
+            cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
+            ids = []
+            for begin, end in pairwise(cuts):
+                ids += self._segment(text[begin:end], first and begin == 0)
+            if not self._control_ids.isdisjoint(ids):
+                raise ValueError(f"the tokenizer turns text into control tokens: {text[:60]!r}")
+        return tuple(ids)
+
+    def split_controls(self, template_text: str) -> list[str | int]:
+        """Text and control token ids, in order, of a piece of a template."""
+        parts: list[str | int] = []
+        end = 0
+        for match in self._swallowing.finditer(template_text):
+            spelling = self._spelling.search(match.group())
+            assert spelling is not None
+            parts += [template_text[end : match.start()], self._controls[spelling.group()][0]]
+            end = match.end()
+        return [part for part in [*parts, template_text[end:]] if part != ""]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a sequence of tokens, control tokens included, as it was before it was encoded."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _segment(self, text: str, first: bool) -> list[int]:
+        if first or self._keeps_text or not text:
+            return self._raw(text)
+        for anchor in _ANCHORS:
+            before, both = self._raw(anchor), self._raw(anchor + text)
+            ids = both[len(before) :]
+            if both[: len(before)] == before and self._decode(both) == self._decode(before) + text:
+                return ids
+        if not self._warned:
+            self._warned = True
+            _log.warning("this tokenizer cannot give back every text exactly, for example %r", text[:60])
+        before = self._raw(_ANCHORS[0])
+        both = self._raw(_ANCHORS[0] + text)
+        return both[len(before) :] if both[: len(before)] == before else self._raw(text)
+
+    def _raw(self, text: str) -> list[int]:
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _decode(self, ids: list[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=False))
+        return self.decode(ids)
+
+    def _find_bos(self) -> tuple[int, ...]:
+        """What the tokenizer adds before a text; looking at a text tells it from an EOS with the same id."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False)
+        full = self.tokenizer.encode("a", add_special_tokens=True)
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start])
+        return ()
+
+    def _pattern(self, spelling: str) -> str:
+        token = self._controls[spelling][1]
+        return (r"\s*" if token.lstrip else "") + re.escape(spelling) + (r"\s*" if token.rstrip else "")
+
+
+def _without_controls(tokenizer: Any, controls: dict[str, Any]) -> Any:
+    """A copy of a fast tokenizer's backend that knows no control tokens, None if there is no such backend.
+
+    Added tokens that are nothing but blanks stay: they are vocabulary (GPT-NeoX, Gemma), not control.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    from tokenizers import Tokenizer
+
+    spec = json.loads(backend.to_str())
+    spec.update(post_processor=None, truncation=None, padding=None)
+    vocabulary = spec["model"].get("vocab", {})
+    known = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+    kept = []
+    for token in spec["added_tokens"]:
+        if token["content"] not in controls:
+            kept.append(token)
+        elif token["content"] not in known:
+            # Numbered after the vocabulary: without a placeholder the tokens behind it would move up.
+            kept.append({**token, "content": f"\ufdd0{token['id']}\ufdd1", "special": False, "normalized": False})
+    spec["added_tokens"] = kept
+    return Tokenizer.from_str(json.dumps(spec))

@@ -1,0 +1,134 @@
+"""Four shapes of records, and rows that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miwv_fast.records import MalformedRecord, Turn, parse_record, read_records
+from miwv_fast.sources import open_source
+
+
+def messages(*pairs, role="role", text="content"):
+    return [{role: said_by, text: said} for said_by, said in pairs]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add", "input": "", "output": "3"},
+        {"instruction": "Add", "input": None, "output": "3"},
+        {"instruction": "Add", "output": "3"},
+        {"prompt": "Add", "completion": "3"},
+        {"prompt": "Add", "response": "3"},
+        {"messages": messages(("user", "Add"), ("assistant", "3"))},
+        {"messages": messages(("user", "Add"), ("assistant", "3"), ("user", "and then?"))},
+        {
+            "messages": messages(
+                ("user", [{"type": "text", "text": "Ad"}, {"type": "text", "text": "d"}]), ("assistant", "3")
+            )
+        },
+        {"conversations": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
+        {"messages": None, "prompt": None, "instruction": "Add", "input": "", "output": "3"},
+    ],
+)
+def test_one_turn_in_every_shape(row):
+    record = parse_record(row, 7)
+    assert record.turns == (Turn("Add", "", "3"),)
+    assert (record.index, record.id, record.system, record.embedded_text) == (7, None, "", "Add")
+
+
+def test_input_is_part_of_the_embedded_text():
+    assert parse_record({"instruction": "Add", "input": "1 2", "output": "3"}).embedded_text == "Add\n1 2"
+
+
+def test_conversation():
+    said = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    record = parse_record({"id": 12, "messages": messages(*said)})
+    assert record.turns == (Turn("a", "", "b"), Turn("c", "", "d"))
+    assert (record.id, record.system, record.embedded_text) == ("12", "Be kind.", "a\nc")
+
+
+def test_text_is_never_stripped():
+    record = parse_record({"instruction": " a\n", "input": "\t", "output": " b "})
+    assert record.turns == (Turn(" a\n", "\t", " b "),)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (3, "int 3"),
+        ([], "list"),
+        ({}, "found: none"),
+        ({"text": "a"}, "found: text"),
+        ({"instruction": "a"}, "found: instruction"),
+        ({"instruction": "a", "output": 3}, "'output' should be text, it is int 3"),
+        ({"instruction": ["a"], "output": "b"}, "'instruction' should be text"),
+        ({"instruction": "a\ud800", "output": "b"}, "lone surrogate"),
+        ({"messages": "hello"}, "should be a list"),
+        ({"messages": ["hello"]}, r"messages\[0\] should be an object"),
+        ({"messages": messages(("tool", "a"))}, "role 'tool'"),
+        ({"messages": messages(("user", 1), ("assistant", "b"))}, r"messages\[0\].content"),
+        ({"messages": messages(("assistant", "a"))}, "follows no user message"),
+        ({"messages": messages(("user", "a"), ("user", "b"), ("assistant", "c"))}, "two user messages"),
+        ({"messages": messages(("user", "a"), ("assistant", "b"), ("system", "c"))}, "only come first"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be scored"),
+        ({"messages": []}, "no user message"),
+    ],
+)
+def test_malformed(row, message):
+    with pytest.raises(MalformedRecord, match=message):
+        parse_record(row)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
+    max_leaves=8,
+)
+keys = st.sampled_from(["instruction", "input", "output", "prompt", "completion", "messages", "conversations", "id"])
+
+
+@given(st.dictionaries(keys, json_values))
+def test_any_object_is_a_record_or_malformed(row):
+    try:
+        record = parse_record(row)
+    except MalformedRecord:
+        return
+    assert record.turns and all(isinstance(turn.response, str) for turn in record.turns)
+
+
+def test_statuses_and_rejections_keep_their_places(tmp_path: Path):
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": " \n", "input": "x", "output": "b"},
+        {"instruction": "a", "output": "\n"},
+        {"instruction": "a", "output": 1},
+        {"messages": messages(("user", "a"))},
+        {"instruction": "c", "output": "d", "id": "last"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(row) for row in rows[:3]) + "\n\nnot json\n" + "\n".join(map(json.dumps, rows[3:]))
+    )
+    records = read_records(open_source(path))
+    expected = [None, "empty_instruction", "empty_response", "malformed", "malformed", "empty_response", None]
+    assert records.status == expected
+    assert [(r.index, r.location.rpartition(":")[2]) for r in records.rejections] == [(3, "5"), (4, "6")]
+    assert "not JSON" in records.rejections[0].reason and records.rejections[0].row == "not json"
+    assert records[6].id == "last" and records[6].turns == (Turn("c", "", "d"),)
+    assert records.ids().to_pylist() == [None] * 6 + ["last"]
+
+
+@pytest.mark.parametrize(
+    "content, message", [("", "no records"), ("\n\n", "no records"), ("nonsense\n", "no readable record")]
+)
+def test_nothing_to_read(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(open_source(path))

@@ -1,0 +1,142 @@
+"""Files of every kind, data sets and iterables give the same rows; damage is named, not skipped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from miwv_fast.sources import open_source
+
+ROWS = [
+    {"instruction": 'Say \u2028 it, "twice"', "input": "", "output": "Yes\nand yes"},
+    {"instruction": "Grüße", "input": "日本", "output": "ß"},
+]
+
+
+def values(source):
+    return [row.value for row in open_source(source).rows()]
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n"
+    stem = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")
+    if stem.endswith(".json"):
+        text = json.dumps(ROWS, indent=2)
+    if stem.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+        return path
+    if stem.endswith(".csv"):
+        pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), path)
+        text = path.read_text(encoding="utf-8")
+    packed = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(packed.get(path.suffix, bytes)(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "ndjson", "csv", "parquet"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".zst"])
+def test_every_format(tmp_path, kind, compression):
+    if kind == "parquet" and compression:
+        with pytest.raises(ValueError, match="Parquet has its own compression"):
+            values(write(tmp_path, f"rows.{kind}{compression}"))
+    else:
+        assert values(write(tmp_path, f"rows.{kind}{compression}")) == ROWS
+
+
+def test_json_array_named_jsonl_and_lines_named_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS))
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert values(tmp_path / "a.jsonl") == values(tmp_path / "b.json") == ROWS
+
+
+def test_byte_order_mark(tmp_path):
+    for name in ("rows.json", "rows.jsonl", "rows.csv"):
+        path = write(tmp_path, name)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert values(path) == ROWS
+
+
+def test_several_files_follow_each_other(tmp_path):
+    paths = [write(tmp_path, "a.jsonl"), str(write(tmp_path, "b.parquet"))]
+    assert values(paths) == ROWS * 2
+
+
+def test_objects():
+    datasets = pytest.importorskip("datasets")
+    assert values(ROWS) == values(iter(ROWS)) == ROWS
+    assert values(datasets.Dataset.from_list(ROWS)) == ROWS
+    assert values(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})) == ROWS
+    several = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("a", "b")})
+    with pytest.raises(ValueError, match="splits a, b"):
+        open_source(several)
+
+
+def test_rows_can_be_read_again(tmp_path):
+    for data in (write(tmp_path, "rows.jsonl"), iter(ROWS)):
+        source = open_source(data)
+        assert list(source.rows()) == list(source.rows())
+        assert source.describe() == source.describe()
+
+
+def test_bad_lines_are_rows_with_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    deep = b"[" * 200_000
+    path.write_bytes(b'{"a": 1}\n\n{"a": \n\xff\xfe{}\n' + deep + b"\n" + b"9" * 5000 + b'\n{"a": 2}\n')
+    rows = list(open_source(path).rows())
+    assert [row.location.rpartition(":")[2] for row in rows] == ["1", "3", "4", "5", "6", "7"]
+    assert [row.error is None for row in rows] == [True, False, False, False, False, True]
+    assert rows[1].text() == '{"a": ' and "column" in rows[1].error
+    assert "not UTF-8 at byte 0" in rows[2].error
+
+
+def test_bad_csv_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'instruction,output\na,b\nonly one\n\n"x\ny",\xff\nc,d,e\nf,g\n')
+    rows = list(open_source(path).rows())
+    assert [row.location.rpartition(":")[2] for row in rows] == ["2", "3", "5", "7", "8"]
+    assert rows[0].value == {"instruction": "a", "output": "b"}
+    assert "1 columns where the header has 2" in rows[1].error
+    assert rows[2].value["output"] == "\udcff"  # rejected as a lone surrogate, and it alone
+    assert "3 columns" in rows[3].error
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:-20], "cannot be read to its end"),
+        ("none.jsonl.gz", b"nothing", "cannot be read to its end"),
+        ("none.jsonl.xz", b"nothing", "cannot be read to its end"),
+        ("none.jsonl.zst", b"nothing", "cannot be read to its end"),
+        ("none.parquet", b"nothing", "cannot be read to its end"),
+        ("broken.json", b"[{}, ", "not a valid JSON array"),
+        ("wide.jsonl", "{}\n".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        list(open_source(tmp_path / name).rows())
+
+
+def test_unusable_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        open_source(tmp_path / "nothing.jsonl")
+    with pytest.raises(FileNotFoundError, match="no file and no Hugging Face data set"):
+        open_source("someone/no-such-data-set")
+    (tmp_path / "rows.txt").write_text("")
+    with pytest.raises(ValueError, match="cannot tell the format"):
+        open_source(tmp_path / "rows.txt")
+    with pytest.raises(ValueError, match="is a folder"):
+        open_source(tmp_path)
+    with pytest.raises(TypeError, match="it is int"):
+        open_source(3)
+    with pytest.raises(TypeError, match="it is dict"):
+        open_source({"instruction": "a", "output": "b"})
