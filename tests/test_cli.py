@@ -1,0 +1,131 @@
+"""The command line as a user meets it: a process, its exit status, one clear line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import byte_level, tiny_model
+from test_scorer import make_rows
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a model, data, and embeddings, so that a command needs nothing else."""
+    folder = tmp_path_factory.mktemp("cli")
+    own = byte_level()
+    tiny_model("llama", len(own)).save_pretrained(folder / "model")
+    own.save_pretrained(folder / "model")
+    rows = make_rows("alpaca", 10)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.save(folder / "embeddings.npy", np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32))
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from miwv_fast.cli import main; main()", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+
+
+SCORE = ("score", "data.jsonl", "--model", "model", "--embedder", "embeddings.npy", "--output")
+
+
+def test_score_and_select(workplace):
+    done = run(workplace, *SCORE, "run")
+    assert done.returncode == 0, done.stderr
+    assert "10 records: 10 ok" in done.stdout and done.stderr == ""
+    done = run(workplace, "select", "run", "--top", "20%", "--output", "subset.jsonl")
+    assert done.returncode == 0 and "wrote 2 of 10 records" in done.stdout
+    table = pq.read_table(workplace / "run" / "scores.parquet")
+    best = np.argsort(-table["miwv"].to_numpy())[:2]
+    rows = [json.loads(line) for line in (workplace / "data.jsonl").read_text().splitlines()]
+    chosen = [json.loads(line) for line in (workplace / "subset.jsonl").read_text().splitlines()]
+    assert chosen == [rows[i] for i in best]
+
+
+def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
+    text = (workplace / "data.jsonl").read_text().splitlines()
+    text[4] = '{"instruction": "a"'
+    text[7] = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    text[8] = json.dumps({"instruction": "a", "output": 3})
+    (workplace / "mixed.jsonl").write_text("\n".join(text))
+    done = run(workplace, "score", "mixed.jsonl", *SCORE[2:], "mixed")
+    assert done.returncode == 0, done.stderr
+    assert "mixed.jsonl:5: not JSON" in done.stderr and "mixed.jsonl:9: 'output' should be text" in done.stderr
+    assert "10 records: 8 ok, 2 malformed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("score", "none.jsonl", *SCORE[2:], "x"), "no such file: none.jsonl"),
+        (("score", "empty.jsonl", *SCORE[2:], "x"), "empty.jsonl has no records"),
+        (("score", "one.jsonl", *SCORE[2:-3], "--embedder", "one.npy", "--output", "x"), "at least two records"),
+        (
+            ("score", "wrong.jsonl", *SCORE[2:], "x"),
+            "no readable record; wrong.jsonl:1: its fields name no known shape",
+        ),
+        ((*SCORE, "x", "--template", "alpacca"), "unknown template 'alpacca'"),
+        ((*SCORE, "x", "--template", "none.jinja"), "no such template file"),
+        ((*SCORE, "x", "--max-length", "999999"), "1024 positions"),
+        ((*SCORE, "x", "--batch-tokens", "0"), "batch_tokens should be at least 1"),
+        ((*SCORE, "x", "--device", "tpu9"), "unknown device 'tpu9'"),
+        ((*SCORE, "x", "--dtype", "int3"), "unknown dtype 'int3'"),
+        ((*SCORE, "x", "--embedder", "one.npy"), "expected [10, D]"),
+        ((*SCORE, "x", "--embedder", "none.npy"), "no such embedding file"),
+        ((*SCORE, "x", "--model", "empty"), "cannot load the"),
+        ((*SCORE, "data.jsonl"), "data.jsonl is a file"),
+        (("select", "run", "--output", "s.jsonl", "--top", "0"), "cannot select top 0"),
+        (("select", "run", "--output", "s.jsonl", "--top", "-3"), "cannot select top -3"),
+        (("select", "run", "--output", "s.jsonl", "--top", "abc"), "cannot select top 'abc'"),
+        (("select", "run", "--output", "s.jsonl", "--top", "11"), "cannot select 11 of 10 records"),
+        (("select", "none", "--output", "s.jsonl"), "no scores at none"),
+        (("score", "data.jsonl"), "Missing option"),
+        (("frobnicate",), "No such command"),
+    ],
+)
+def test_what_a_user_can_get_wrong(workplace, arguments, message):
+    (workplace / "empty.jsonl").touch()
+    (workplace / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
+    (workplace / "wrong.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    np.save(workplace / "one.npy", np.ones((1, 4), np.float32))
+    (workplace / "empty").mkdir(exist_ok=True)
+    if arguments[0] == "select" and not (workplace / "run").exists():
+        assert run(workplace, *SCORE, "run").returncode == 0
+    done = run(workplace, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and not (workplace / "x").exists()
+
+
+def test_help_and_info(workplace):
+    done = run(workplace, "--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("demo", "score", "select", "info"))
+    done = run(workplace, "score", "--help")
+    assert done.returncode == 0 and "Example: miwv-fast score" in done.stdout
+    done = run(workplace, "info")
+    assert done.returncode == 0 and "torch" in json.loads(done.stdout)["packages"]
+
+
+def test_demo(smollm2, minilm, tmp_path):
+    done = run(tmp_path, "demo")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "miwv-demo" / "scores.parquet")
+    assert table.num_rows == 120 and set(table["status"].to_pylist()) == {"ok"}
+    assert len((tmp_path / "miwv-demo" / "selected.jsonl").read_text().splitlines()) == 12
+    assert "best and worst" in done.stdout and "miwv-demo/selected.jsonl" in done.stdout
+
+
+def test_import_costs_what_torch_costs():
+    """A tool that only wants `ops` pays for torch and nothing else."""
+    code = "import sys, torch; before = set(sys.modules); import miwv_fast; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"transformers", "sentence_transformers", "pyarrow", "jinja2", "typer", "rich", "datasets"}

@@ -1,0 +1,285 @@
+"""The whole path against an independent float64 reference, and what becomes of every record."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_level, metaspace, text_embedder, tiny_model, words
+
+import miwv_fast
+
+SEPARATOR = "\n\n"
+
+
+def alpaca_prompt(instruction: str, text: str) -> str:
+    head = "Below is an instruction that describes a task"
+    ask = "Write a response that appropriately completes the request."
+    if text:
+        return (
+            f"{head}, paired with an input that provides further context. {ask}\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{text}\n\n### Response:\n"
+        )
+    return f"{head}. {ask}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def pairs(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """A row of any shape as (instruction, input, response) triples."""
+    if "instruction" in row:
+        return [(row["instruction"], row["input"], row["output"])]
+    if "prompt" in row:
+        return [(row["prompt"], "", row["completion"])]
+    texts = [m["content"] for m in row["messages"]] if "messages" in row else [m["value"] for m in row["conversations"]]
+    return [(user, "", assistant) for user, assistant in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def reference_loss(model, tokenizer, demonstration, record) -> float:
+    """One record, one plain forward pass, a float64 log-softmax; the segments are tokenized one by one."""
+    ids: list[int] = []
+    scored: list[int] = []
+    chunks = ([(d, False) for d in pairs(demonstration)] if demonstration else []) + [(r, True) for r in pairs(record)]
+    for number, ((instruction, text, response), is_scored) in enumerate(chunks):
+        for part in ([SEPARATOR] if number else []) + [alpaca_prompt(instruction, text)]:
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+        tokens = tokenizer(response, add_special_tokens=False).input_ids
+        if is_scored:
+            scored += range(len(ids), len(ids) + len(tokens))
+        ids += tokens
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    losses = [torch.logsumexp(logits[p - 1], 0) - logits[p - 1, ids[p]] for p in scored]
+    return float(torch.stack(losses).mean())
+
+
+def reference_neighbor(rows: list[dict[str, Any]], i: int) -> int:
+    texts = ["\n".join(f"{a}\n{b}" if b else a for a, b, _ in pairs(row)) for row in rows]
+    unit = text_embedder(texts).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosine = unit @ unit[i]
+    cosine[i] = -2
+    return int(np.flatnonzero(cosine >= cosine.max() - 1e-6)[0])
+
+
+def make_rows(shape: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    state = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        turns = [
+            (words(state, state.randint(2, 20)), words(state, state.randint(1, 25))) for _ in range(1 + number % 3)
+        ]
+        if shape == "alpaca":
+            text = words(state, 5) if number % 2 else ""
+            rows.append({"instruction": turns[0][0], "input": text, "output": turns[0][1]})
+        elif shape == "prompt":
+            rows.append({"prompt": turns[0][0], "completion": turns[0][1]})
+        elif shape == "messages":
+            said = [m for u, a in turns for m in ({"role": "user", "content": u}, {"role": "assistant", "content": a})]
+            rows.append({"messages": said})
+        else:
+            said = [m for u, a in turns for m in ({"from": "human", "value": u}, {"from": "gpt", "value": a})]
+            rows.append({"conversations": said})
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("shape", ["alpaca", "prompt", "messages", "conversations"])
+def test_equals_the_float64_reference(architecture, shape):
+    """Four architectures, since they differ in positions, in attention and in what is done to their logits."""
+    tokenizer = byte_level()
+    model = tiny_model(architecture, len(tokenizer))
+    rows = make_rows(shape, 7)
+    scores = miwv_fast.score(rows, (model, tokenizer), embedder=text_embedder, batch_tokens=700)
+    wide = tiny_model(architecture, len(tokenizer)).double()
+    for i, row in enumerate(scores.table.to_pylist()):
+        assert row["status"] == "ok"
+        assert row["neighbor"] == reference_neighbor(rows, i)
+        zero = reference_loss(wide, tokenizer, None, rows[i])
+        one = reference_loss(wide, tokenizer, rows[row["neighbor"]], rows[i])
+        assert zero > 1 and one > 1  # far from the uniform prediction, or nothing would be tested
+        assert row["nll_zero_shot"] == pytest.approx(zero, abs=1e-4)
+        assert row["nll_one_shot"] == pytest.approx(one, abs=1e-4)
+        assert row["miwv"] == pytest.approx(one - zero, abs=1e-4)
+
+
+def test_equals_the_reference_on_smollm2_and_real_records(smollm2, minilm, real_data):
+    """24 real Alpaca records through the real model: float32 against the same weights in float64."""
+    import lzma
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with lzma.open(real_data / "alpaca_52002.jsonl.xz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(24), strict=False)]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    scores = miwv_fast.score(rows, (model, tokenizer), embedder=str(minilm))
+    wide = model.double()
+    for i, row in enumerate(scores.table.to_pylist()):
+        zero = reference_loss(wide, tokenizer, None, rows[i])
+        one = reference_loss(wide, tokenizer, rows[row["neighbor"]], rows[i])
+        assert row["miwv"] == pytest.approx(one - zero, abs=1e-4)
+
+
+def test_padding_and_batch_size_do_not_change_scores(llama):
+    rows = make_rows("alpaca", 12)
+    together = miwv_fast.score(rows, llama, embedder=text_embedder, batch_tokens=100_000)
+    alone = miwv_fast.score(rows, llama, embedder=text_embedder, batch_tokens=1)
+    for name in ("nll_zero_shot", "nll_one_shot"):
+        np.testing.assert_allclose(together.table[name], alone.table[name], atol=2e-5)
+
+
+def test_running_again_is_bit_identical(llama):
+    rows = make_rows("messages", 12)
+    first = miwv_fast.score(rows, llama, embedder=text_embedder)
+    assert first.table.equals(miwv_fast.score(rows, llama, embedder=text_embedder).table)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain", "chat"])
+@pytest.mark.parametrize("make_tokenizer", [byte_level, metaspace])
+def test_include_eos_scores_one_token_more_per_response(template, make_tokenizer):
+    tokenizer = make_tokenizer()
+    model = tiny_model("llama", len(tokenizer))
+    rows = make_rows("messages", 6)
+    options = {"embedder": text_embedder, "template": template}
+    without = miwv_fast.score(rows, (model, tokenizer), **options).table["response_tokens"].to_pylist()
+    with_eos = (
+        miwv_fast.score(rows, (model, tokenizer), include_eos=True, **options).table["response_tokens"].to_pylist()
+    )
+    assert with_eos == [tokens + len(row["messages"]) // 2 for tokens, row in zip(without, rows, strict=True)]
+
+
+class TestStatuses:
+    """Every record has one row, and a reason where it has no score."""
+
+    ROWS = (
+        {"instruction": "Name three colors.", "input": "", "output": "red, blue, three", "id": "a"},
+        {"instruction": " ", "input": "", "output": "red"},
+        {"instruction": "Name three colors.", "input": "", "output": " \n"},
+        {"instruction": 3, "input": "", "output": "red"},
+        {"instruction": "Name two colors.", "input": "", "output": "red, blue"},
+    )
+
+    def test_each_record_has_its_row(self, llama):
+        scores = miwv_fast.score(self.ROWS, llama, embedder=text_embedder)
+        table = scores.table.to_pydict()
+        assert table["index"] == [0, 1, 2, 3, 4]
+        assert table["id"] == ["a", None, None, None, None]
+        assert table["status"] == ["ok", "empty_instruction", "empty_response", "malformed", "ok"]
+        assert table["neighbor"] == [4, None, None, None, 0]
+        for name in ("miwv", "nll_one_shot", "nll_zero_shot", "response_tokens", "similarity"):
+            assert [value is None for value in table[name]] == [False, True, True, True, False]
+        assert set(scores.rank()[:2]) == {0, 4} and scores.rank()[2:].tolist() == [1, 2, 3]
+
+    def lengths(self, llama, rows):
+        """Tokens of the zero-shot prompt and response of each row under the `plain` template."""
+        _, tokenizer = llama
+        count = lambda text: len(tokenizer(text).input_ids)  # noqa: E731
+        return [(count(f"User: {row['instruction']}\nAssistant:\n"), count(row["output"])) for row in rows]
+
+    def test_truncation_cuts_the_response_equally_in_both_passes(self, llama):
+        rows = [
+            {"instruction": "Name three colors.", "input": "", "output": "red and blue and three"},
+            {"instruction": "Name two colors.", "input": "", "output": "red, blue, red, blue, red, blue and red"},
+        ]
+        (prompt_0, response_0), (prompt_1, response_1) = self.lengths(llama, rows)
+        limit = prompt_1 + response_1 + len(llama[1](SEPARATOR).input_ids) + prompt_0 + 5
+        assert limit > prompt_0 + response_0  # the zero-shot pass alone would have room for all of it
+        full = miwv_fast.score(rows, llama, embedder=text_embedder, template="plain")
+        cut = miwv_fast.score(rows, llama, embedder=text_embedder, template="plain", max_length=limit)
+        assert cut.table["status"][0].as_py() == "truncated"
+        assert cut.table["response_tokens"][0].as_py() == 5 < full.table["response_tokens"][0].as_py()
+        short = [{**rows[0], "output": llama[1].decode(llama[1](rows[0]["output"]).input_ids[:5])}, rows[1]]
+        expected = miwv_fast.score(short, llama, embedder=text_embedder, template="plain")
+        for name in ("nll_zero_shot", "nll_one_shot", "miwv"):
+            assert cut.table[name][0].as_py() == pytest.approx(expected.table[name][0].as_py(), abs=2e-5)
+
+    def test_a_cut_response_is_a_whole_demonstration(self, llama):
+        """The cut changes which tokens are scored, never the text used as a demonstration."""
+        rows = [
+            {"instruction": "Name three colors.", "input": "", "output": "red and blue and three " * 4},
+            {"instruction": "Name three colors!", "input": "", "output": "x"},
+        ]
+        (prompt_0, response_0), (prompt_1, response_1) = self.lengths(llama, rows)
+        separator = len(llama[1](SEPARATOR).input_ids)
+        limit = prompt_0 + response_0 + separator + prompt_1 + response_1
+        rows[0]["output"] += " and so on" * 9
+        cut = miwv_fast.score(rows, llama, embedder=text_embedder, template="plain", max_length=limit)
+        assert cut.table["status"].to_pylist() == ["truncated", "demonstration_too_long"]
+
+    def test_too_long(self, llama):
+        rows = [*self.ROWS[::4], {"instruction": "Name colors. " * 40, "input": "", "output": "red"}]
+        (prompt_0, _), _, (prompt_2, _) = self.lengths(llama, rows)
+        limit = prompt_2
+        table = miwv_fast.score(
+            rows, llama, embedder=text_embedder, template="plain", max_length=limit
+        ).table.to_pydict()
+        assert table["status"] == ["ok", "ok", "too_long"]
+        assert table["neighbor"] == [1, 0, None]  # what has no room for itself demonstrates nothing
+        assert table["miwv"][2] is None
+
+    def test_no_neighbor(self, llama):
+        embeddings = np.array([[1, 0], [0, 0], [0, 1], [1, 1], [0.5, 1]], np.float32)
+        rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(5)]
+        table = miwv_fast.score(rows, llama, embedder=embeddings).table.to_pydict()
+        assert table["status"] == ["ok", "no_neighbor", "ok", "ok", "ok"]
+        assert table["miwv"][1] is None and table["neighbor"][1] is None and 1 not in table["neighbor"]
+
+    def test_non_finite(self, llama):
+        """A model that gives NaN for one token: that record alone has no score, and NaN is never written."""
+        _, tokenizer = llama
+        model = tiny_model("llama", len(tokenizer))
+        token = tokenizer("Z").input_ids[0]
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = float("nan")
+        rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red, blue"} for n in range(6)]
+        rows[2]["output"] = "red Z blue"
+        embeddings = np.eye(6, dtype=np.float32) + np.eye(6, k=-1, dtype=np.float32)
+        table = miwv_fast.score(rows, (model, tokenizer), embedder=embeddings).table.to_pydict()
+        used = [i for i in range(6) if table["neighbor"][i] == 2]
+        assert [i for i in range(6) if table["status"][i] == "non_finite"] == sorted([2, *used])
+        assert all((value is None) == (i in (2, *used)) for i, value in enumerate(table["miwv"]))
+
+
+class TestUnusable:
+    """Clear errors of the documented types."""
+
+    ROWS = ({"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"})
+
+    def test_one_record(self, llama):
+        with pytest.raises(ValueError, match="at least two records"):
+            miwv_fast.score(self.ROWS[:1], llama, embedder=text_embedder)
+
+    def test_nothing_scorable_says_what_there_is(self, llama):
+        rows = [*self.ROWS[:1], {"instruction": "", "output": "b"}, {"instruction": "c", "output": 1}]
+        with pytest.raises(ValueError, match="1 scorable, 1 empty_instruction, 1 malformed; record 2: 'output'"):
+            miwv_fast.score(rows, llama, embedder=text_embedder)
+
+    @pytest.mark.parametrize(
+        "options, error, message",
+        [
+            ({"template": "alpacca"}, ValueError, "unknown template"),
+            ({"embedder": np.ones((5, 3))}, ValueError, r"expected \[2, D\]"),
+            ({"max_length": 1}, ValueError, "max_length should be at least 2"),
+            ({"max_length": "long"}, TypeError, "max_length"),
+            ({"max_length": 10**6}, ValueError, "1024 positions"),
+            ({"batch_tokens": 0}, ValueError, "batch_tokens"),
+            ({"batch_tokens": 1.5}, TypeError, "batch_tokens"),
+            ({"device": "gpu"}, ValueError, "unknown device"),
+            ({"dtype": "int8"}, ValueError, "unknown dtype"),
+            ({"progress": "yes"}, ValueError, "progress"),
+        ],
+    )
+    def test_arguments(self, llama, options, error, message):
+        with pytest.raises(error, match=message):
+            miwv_fast.score(self.ROWS, llama, **{"embedder": text_embedder, **options})
+
+    def test_output_is_not_overwritten(self, llama, tmp_path):
+        miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "run")
+        with pytest.raises(ValueError, match="holds a finished run"):
+            miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "run")
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="is a file"):
+            miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "file")

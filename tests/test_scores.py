@@ -1,0 +1,97 @@
+"""The table, ranking, selection, and the way to disk and back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import text_embedder
+from test_scorer import make_rows
+
+import miwv_fast
+from miwv_fast.scores import SCHEMA, Scores
+
+
+@pytest.fixture(scope="module")
+def rows():
+    made = make_rows("alpaca", 12)
+    made[3]["output"] = ""
+    return made
+
+
+@pytest.fixture(scope="module")
+def scored(rows, llama):
+    return miwv_fast.score(rows, llama, embedder=text_embedder)
+
+
+def test_types(scored):
+    assert scored.table.schema.equals(SCHEMA)
+    assert not any(np.isnan(scored.table["miwv"].drop_null().to_numpy()))
+    assert "12 records: 11 ok, 1 empty_response" in repr(scored)
+
+
+def test_rank_and_select(scored, rows):
+    ranking = scored.rank()
+    miwv = scored.table["miwv"].to_pylist()
+    assert ranking.dtype == np.int64 and sorted(ranking) == list(range(12)) and ranking[-1] == 3
+    assert all(miwv[a] >= miwv[b] for a, b in zip(ranking[:-2], ranking[1:-1], strict=True))
+    assert scored.select("25%") == [rows[i] for i in ranking[:3]]
+    assert scored.select(2) == [rows[i] for i in ranking[:2]]
+
+
+def test_fewer_scored_than_asked_for(scored, caplog):
+    assert len(scored.select("100%")) == 11
+    assert "only 11 have a score" in caplog.text
+
+
+def test_save_and_load(scored, rows, tmp_path):
+    scored.save(tmp_path / "s.parquet")
+    loaded = miwv_fast.load_scores(tmp_path / "s.parquet")
+    assert loaded.table.equals(scored.table) and loaded.manifest == scored.manifest
+    with pytest.raises(ValueError, match="do not hold their records"):
+        loaded.select(1)
+    assert loaded.select(1, data=rows) == scored.select(1)
+    assert miwv_fast.load_scores(tmp_path / "s.parquet", rows).select(1) == scored.select(1)
+    with pytest.raises(ValueError, match="has 11 records, the scores are of 12"):
+        loaded.select(1, data=rows[1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_run_folder(rows, llama, scored, tmp_path, caplog):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
+    of_file = miwv_fast.score(data, llama, embedder=text_embedder, output=tmp_path / "run")
+    assert f"{data}:13: not JSON" in caplog.text
+    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected == [{"index": 12, "location": f"{data}:13", "reason": rejected[0]["reason"], "row": "broken"}]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["template"] == "alpaca" and manifest["data"]["files"][0]["path"] == str(data)
+    loaded = miwv_fast.load_scores(tmp_path / "run")
+    assert loaded.table.equals(of_file.table) and loaded.select(3) == of_file.select(3) == scored.select(3)
+    data.write_text(data.read_text() + "\n")
+    assert miwv_fast.load_scores(tmp_path / "run").select(3) == scored.select(3)
+    assert "has changed since it was scored" in caplog.text
+
+
+def test_run_of_an_iterable_keeps_the_records(rows, llama, scored, tmp_path):
+    miwv_fast.score(iter(rows), llama, embedder=text_embedder, output=tmp_path / "run")
+    assert miwv_fast.load_scores(tmp_path / "run").select(2) == scored.select(2)
+
+
+def test_unusable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no scores at"):
+        miwv_fast.load_scores(tmp_path)
+    (tmp_path / "s.parquet").write_text("nothing")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        miwv_fast.load_scores(tmp_path / "s.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "s.parquet")
+    with pytest.raises(ValueError, match="its columns are a"):
+        miwv_fast.load_scores(tmp_path / "s.parquet")
+
+
+def test_nothing_scored():
+    table = SCHEMA.empty_table()
+    assert len(Scores(table).rank()) == 0
