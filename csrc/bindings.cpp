@@ -1,0 +1,82 @@
+// The only file that knows Python. Pointers and strides arrive as integers that ops.py has checked against the tensors
+// they came from; what can only be seen in the data (targets, rows, offsets) is checked by the launchers.
+#include <pybind11/pybind11.h>
+
+#include "cpu/rows_cpu.h"
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using miwv::DType;
+using miwv::Logits;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (data, dtype, num_rows, vocab, row_stride, rows_per_batch, batch_stride) as ops.py packs it.
+Logits unpack_logits(const py::tuple& t) {
+  return {pointer<const void>(t[0].cast<uintptr_t>()),
+          static_cast<DType>(t[1].cast<int>()),
+          t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(),
+          t[5].cast<int64_t>(),
+          t[6].cast<int64_t>()};
+}
+
+void cpu_token_logprobs(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, uintptr_t out,
+                        int num_threads) {
+  const miwv::TokenParams params{unpack_logits(logits), pointer<const int64_t>(rows), pointer<const int64_t>(targets),
+                                 num_tokens, pointer<float>(out)};
+  py::gil_scoped_release release;
+  miwv::cpu::token_logprobs(params, num_threads);
+}
+
+void cpu_response_nll(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, uintptr_t offsets,
+                      int64_t num_responses, uintptr_t out, int num_threads) {
+  const miwv::ResponseParams params{unpack_logits(logits),
+                                    pointer<const int64_t>(rows),
+                                    pointer<const int64_t>(targets),
+                                    num_tokens,
+                                    pointer<const int64_t>(offsets),
+                                    num_responses,
+                                    pointer<float>(out)};
+  py::gil_scoped_release release;
+  miwv::cpu::response_nll(params, num_threads);
+}
+
+void cpu_response_nll_difference(const py::tuple& one_shot, const py::tuple& zero_shot, uintptr_t one_shot_rows,
+                                 uintptr_t zero_shot_rows, uintptr_t targets, int64_t num_tokens, uintptr_t offsets,
+                                 int64_t num_responses, uintptr_t out, int num_threads) {
+  const miwv::DifferenceParams params{unpack_logits(one_shot),
+                                      unpack_logits(zero_shot),
+                                      pointer<const int64_t>(one_shot_rows),
+                                      pointer<const int64_t>(zero_shot_rows),
+                                      pointer<const int64_t>(targets),
+                                      num_tokens,
+                                      pointer<const int64_t>(offsets),
+                                      num_responses,
+                                      pointer<float>(out)};
+  py::gil_scoped_release release;
+  miwv::cpu::response_nll_difference(params, num_threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.attr("version") = MIWV_VERSION;
+#ifdef MIWV_HAVE_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("isa", [] { return "generic"; });
+  m.def("available_isas", [] { return py::make_tuple("generic"); });
+  m.def("cpu_token_logprobs", &cpu_token_logprobs);
+  m.def("cpu_response_nll", &cpu_response_nll);
+  m.def("cpu_response_nll_difference", &cpu_response_nll_difference);
+}

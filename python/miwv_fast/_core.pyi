@@ -1,0 +1,35 @@
+"""The compiled kernels. Only ops.py imports this; addresses and strides are those of tensors that it has checked."""
+
+version: str
+has_cuda: bool
+
+# data, dtype, num_rows, vocab, row_stride, rows_per_batch, batch_stride
+_Logits = tuple[int, int, int, int, int, int, int]
+
+def isa() -> str: ...
+def available_isas() -> tuple[str, ...]: ...
+def cpu_token_logprobs(
+    logits: _Logits, rows: int, targets: int, num_tokens: int, out: int, num_threads: int
+) -> None: ...
+def cpu_response_nll(
+    logits: _Logits,
+    rows: int,
+    targets: int,
+    num_tokens: int,
+    offsets: int,
+    num_responses: int,
+    out: int,
+    num_threads: int,
+) -> None: ...
+def cpu_response_nll_difference(
+    one_shot: _Logits,
+    zero_shot: _Logits,
+    one_shot_rows: int,
+    zero_shot_rows: int,
+    targets: int,
+    num_tokens: int,
+    offsets: int,
+    num_responses: int,
+    out: int,
+    num_threads: int,
+) -> None: ...
