@@ -1,19 +1,19 @@
 """Log-probabilities of target tokens, read straight from logits: tensors in, tensors out.
 
 Every needed row of logits is read once and one float32 per token or response is written; logits are never copied or
-written to. The functions are forward only, run on CPU tensors (and on CUDA tensors where the kernels were built), and are
-registered with `torch.library` as `torch.ops.miwv_fast.*`, so that `torch.compile` and fake tensors know them.
+written to. The functions are forward only, run on CPU tensors (and on CUDA tensors where the kernels were built), and
+are registered with `torch.library` as `torch.ops.miwv_fast.*`, so that `torch.compile` and fake tensors know them.
 
 Common to all of them:
 
-- logits are `[R, V]` or `[B, T, V]` (then row `b * T + t` is position t of sequence b), float32, bfloat16 or float16. The
-  entries of a row must be adjacent; the other strides are free, so that `logits[:, :-1]` needs no copy.
+- logits are `[R, V]` or `[B, T, V]` (then row `b * T + t` is position t of sequence b), float32, bfloat16 or float16.
+  The entries of a row must be adjacent; the other strides are free, so that `logits[:, :-1]` needs no copy.
 - targets, rows and offsets are one-dimensional int64 or int32 tensors on the same device. `rows[t]` is the row that
   predicts `targets[t]`; without `rows`, row t does.
 - `TypeError` or `ValueError` names the argument, its value, and what would have been right; on the CPU this includes a
   target outside `[0, V)` and a row that doesn't exist.
-- As in `torch.log_softmax`, a -inf logit is a legal zero probability, and NaN or +inf in a row, or nothing but -inf, makes
-  its log-probability NaN; so does a response without tokens, for that response alone.
+- As in `torch.log_softmax`, a -inf logit is a legal zero probability, and NaN or +inf in a row, or nothing but -inf,
+  makes its log-probability NaN. A response that has such a row, or no token at all, is NaN, and no other.
 - The result depends on the rows and V alone, to the bit: not on strides, alignment, threads, or the rest of the batch.
 """
 
@@ -43,8 +43,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) 
 def response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood in nats of each response, float32 `[B]`.
 
-    Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end with
-    T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
+    Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end
+    with T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
     """
     if _is_plain(logits):
         return _response_nll(logits, targets, offsets, rows)
@@ -75,8 +75,8 @@ def response_nll_difference(
 def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
     """`(rows, targets, offsets)`, int64, for labels `[B, T]` in the convention of Hugging Face models.
 
-    The logits at position t - 1 predict the label at position t, so `rows` are `b * T + t - 1` into logits `[B, T, V]`. A
-    label at position 0 has nothing that predicts it and is left out, as Hugging Face's loss does.
+    The logits at position t - 1 predict the label at position t, so `rows` are `b * T + t - 1` into logits `[B, T, V]`.
+    A label at position 0 has nothing that predicts it and is left out, as Hugging Face's loss does.
     """
     if (
         not isinstance(labels, Tensor)
@@ -272,7 +272,8 @@ def _require_cpu(logits: Tensor) -> None:
         return
     if logits.is_cuda:
         raise RuntimeError(
-            "this build of miwv-fast has no CUDA kernels: reinstall it where nvcc is found, or with MIWV_CUDA_WHEELS=1 set"
+            "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the environment "
+            "variable MIWV_CUDA_WHEELS=1"
         )
     raise ValueError(f"logits are on {logits.device}, they must be on cpu or cuda")
 
