@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from conftest import byte_level, tiny_model
+from miwv_fast.cli import main
 from test_scorer import make_rows
 
 
@@ -32,6 +34,15 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from miwv_fast.cli import main; main()", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def call(monkeypatch, capfd, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """The same in this process: exit status, standard output, standard error."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["miwv-fast", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0), *capfd.readouterr()
 
 
 SCORE = ("score", "data.jsonl", "--model", "model", "--embedder", "embeddings.npy", "--output")
@@ -91,18 +102,26 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         (("frobnicate",), "No such command"),
     ],
 )
-def test_what_a_user_can_get_wrong(workplace, arguments, message):
+def test_what_a_user_can_get_wrong(workplace, monkeypatch, capfd, arguments, message):
     (workplace / "empty.jsonl").touch()
     (workplace / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
     (workplace / "wrong.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     np.save(workplace / "one.npy", np.ones((1, 4), np.float32))
     (workplace / "empty").mkdir(exist_ok=True)
     if arguments[0] == "select" and not (workplace / "run").exists():
-        assert run(workplace, *SCORE, "run").returncode == 0
-    done = run(workplace, *arguments)
+        assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    status, _, error = call(monkeypatch, capfd, workplace, *arguments)
+    assert status == 2
+    assert message in error
+    assert "Traceback" not in error and not (workplace / "x").exists()
+
+
+def test_no_traceback_from_the_process(workplace):
+    done = run(workplace, *SCORE, "y", "--template", "alpacca")
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr and not (workplace / "x").exists()
+    assert done.stderr.splitlines() == [
+        "miwv-fast: error: unknown template 'alpacca'; known are alpaca, plain, chat, or a .jinja file"
+    ]
 
 
 def test_help_and_info(workplace):

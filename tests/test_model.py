@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level, tiny_model
 
+from conftest import byte_level, tiny_model
 from miwv_fast.model import CausalLM, load_model
 from miwv_fast.templates import TokenSequence
 
@@ -78,7 +78,7 @@ def test_unusable_models(tmp_path):
     own = byte_level()
     own.save_pretrained(tmp_path)
     tiny_model("llama", len(own)).config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot load the model .*no file named"):
+    with pytest.raises(ValueError, match=r"cannot load the model .*no file named"):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         load_model(tmp_path / "missing")

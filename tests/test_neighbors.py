@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import text_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import text_embedder
 from miwv_fast import neighbors
 from miwv_fast.neighbors import TIE, embed, nearest
 from miwv_fast.progress import Progress

@@ -42,9 +42,11 @@ def test_size(top, records, expected):
 
 @pytest.mark.parametrize(
     "top, error",
-    [(0, ValueError), (-1, ValueError), ("0", ValueError), ("-5", ValueError), ("abc", ValueError), ("0%", ValueError)]
-    + [("200%", ValueError), (0.0, ValueError), (1.5, ValueError), (float("nan"), ValueError), ("", ValueError)]
-    + [(8, ValueError), (None, TypeError), (True, TypeError), ("nan%", ValueError), ([1], TypeError)],
+    [
+        *((top, ValueError) for top in (0, -1, 8, 0.0, 1.5, float("nan"))),
+        *((top, ValueError) for top in ("0", "-5", "abc", "0%", "200%", "nan%", "")),
+        *((top, TypeError) for top in (None, True, [1])),
+    ],
 )
 def test_unusable_size(top, error):
     with pytest.raises(error, match="cannot select"):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level, metaspace, text_embedder, tiny_model, words
 
 import miwv_fast
+from conftest import byte_level, metaspace, text_embedder, tiny_model, words
 
 SEPARATOR = "\n\n"
 
@@ -106,7 +106,7 @@ def test_equals_the_float64_reference(architecture, shape):
 
 
 def test_equals_the_reference_on_smollm2_and_real_records(smollm2, minilm, real_data):
-    """24 real Alpaca records through the real model: float32 against the same weights in float64."""
+    """24 real Alpaca records, one at a time through the plain model, float64 from the logits on."""
     import lzma
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,10 +116,9 @@ def test_equals_the_reference_on_smollm2_and_real_records(smollm2, minilm, real_
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     scores = miwv_fast.score(rows, (model, tokenizer), embedder=str(minilm))
-    wide = model.double()
     for i, row in enumerate(scores.table.to_pylist()):
-        zero = reference_loss(wide, tokenizer, None, rows[i])
-        one = reference_loss(wide, tokenizer, rows[row["neighbor"]], rows[i])
+        zero = reference_loss(model, tokenizer, None, rows[i])
+        one = reference_loss(model, tokenizer, rows[row["neighbor"]], rows[i])
         assert row["miwv"] == pytest.approx(one - zero, abs=1e-4)
 
 
@@ -211,8 +210,7 @@ class TestStatuses:
 
     def test_too_long(self, llama):
         rows = [*self.ROWS[::4], {"instruction": "Name colors. " * 40, "input": "", "output": "red"}]
-        (prompt_0, _), _, (prompt_2, _) = self.lengths(llama, rows)
-        limit = prompt_2
+        limit = self.lengths(llama, rows)[2][0]
         table = miwv_fast.score(
             rows, llama, embedder=text_embedder, template="plain", max_length=limit
         ).table.to_pydict()

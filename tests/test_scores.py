@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import text_embedder
-from test_scorer import make_rows
 
 import miwv_fast
+from conftest import text_embedder
 from miwv_fast.scores import SCHEMA, Scores
+from test_scorer import make_rows
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_rank_and_select(scored, rows):
     ranking = scored.rank()
     miwv = scored.table["miwv"].to_pylist()
     assert ranking.dtype == np.int64 and sorted(ranking) == list(range(12)) and ranking[-1] == 3
-    assert all(miwv[a] >= miwv[b] for a, b in zip(ranking[:-2], ranking[1:-1], strict=True))
+    assert all(miwv[a] >= miwv[b] for a, b in pairwise(ranking[:-1]))
     assert scored.select("25%") == [rows[i] for i in ranking[:3]]
     assert scored.select(2) == [rows[i] for i in ranking[:2]]
 

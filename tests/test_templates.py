@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import byte_level, metaspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, processors
 
+from conftest import byte_level, metaspace
 from miwv_fast.records import Record, parse_record
 from miwv_fast.templates import CHAT_DATE, load_template
 from miwv_fast.tokens import SegmentEncoder
@@ -138,7 +139,7 @@ def test_chat_template_that_writes_bos_contributes_it_once():
 
 def test_bos_and_eos_with_one_id_are_told_apart():
     own = byte_level(bos_and_eos=True)
-    own.backend_tokenizer.post_processor = __import__("tokenizers").processors.TemplateProcessing(
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", own.eos_token_id)]
     )
     own.bos_token = "</s>"
@@ -178,7 +179,8 @@ class TestSystem:
 
     def test_different_is_prefixed_where_the_template_has_no_place_for_it(self):
         strict = (
-            "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}"
+            "{% if m.role == 'system' and not loop.first %}{{ raise_exception('no') }}{% endif %}"
             "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
@@ -257,7 +259,7 @@ class TestJinjaFile:
             ),
             ("{% set separator = '' %}{% macro prompt(a, b) %}{{ instruction }}\n{% endmacro %}", "undefined"),
             (
-                "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ ''.__class__.__mro__ }}\n{% endmacro %}",
+                "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ ''.__class__.mro() }}{% endmacro %}",
                 "unsafe",
             ),
         ],
@@ -288,7 +290,7 @@ class TestJinjaFile:
 def test_blanks_that_are_added_tokens_stay_vocabulary():
     """GPT-NeoX keeps runs of blanks as added tokens; taking them away would change how code is tokenized."""
     own = byte_level()
-    own.add_tokens([__import__("tokenizers").AddedToken("    ", normalized=False)])
+    own.add_tokens([AddedToken("    ", normalized=False)])
     own = type(own)(tokenizer_object=own.backend_tokenizer, eos_token="<|im_end|>")
     encoder = SegmentEncoder(own)
     assert own.convert_tokens_to_ids("    ") in encoder.text("    return", False)

@@ -71,6 +71,8 @@ def score(
     )
     counts = ", ".join(f"{count} {status}" for status, count in scores.counts().items())
     typer.echo(f"{len(scores)} records: {counts}")
+    tokens, seconds = scores.stats["forwarded_tokens"], scores.stats["scoring_seconds"]
+    typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     typer.echo(f"wrote {output / 'scores.parquet'}; next: miwv-fast select {output} --top 1% --output subset.jsonl")
 
 

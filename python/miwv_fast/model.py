@@ -98,7 +98,7 @@ def load_model(
     ValueError for a model or tokenizer that cannot be loaded, with the reason.
     """
     target = choose_device(device)
-    chosen = _choose_dtype(dtype, target)
+    chosen = choose_dtype(dtype, target)
     if isinstance(model, tuple):
         if len(model) != 2:
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
@@ -138,7 +138,8 @@ def choose_device(device: str) -> str:
     return "cuda"
 
 
-def _choose_dtype(dtype: str | torch.dtype, device: str) -> Any:
+def choose_dtype(dtype: str | torch.dtype, device: str) -> Any:
+    """What to load the weights as: a torch type, or "auto" for the checkpoint's own. ValueError for another name."""
     if dtype == "auto":
         return torch.float32 if torch.device(device).type == "cpu" else "auto"
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,13 @@ import torch
 
 from miwv_fast.forest import plan_batches
 from miwv_fast.info import package_versions
-from miwv_fast.model import CausalLM, load_model
+from miwv_fast.model import CausalLM, choose_device, choose_dtype, load_model
 from miwv_fast.neighbors import DEFAULT_EMBEDDER, Embedder, Neighbors, embed, nearest
 from miwv_fast.progress import Progress
 from miwv_fast.records import Record, Records, Rejection, read_records
 from miwv_fast.scores import SCHEMA, Scores, write_run
 from miwv_fast.sources import Source, open_source
-from miwv_fast.templates import CHAT_DATE, Template, TokenSequence, load_template
+from miwv_fast.templates import CHAT_DATE, Template, TokenSequence, load_template, read_template
 
 _SHOWN_REJECTIONS = 5
 
@@ -72,10 +73,13 @@ def score(
 
     Source: Jiang et al., AAAI 2026, arXiv 2511.07074.
     """
+    # What can be checked without the model is checked before it is loaded.
     _check_arguments(max_length, batch_tokens)
     folder = _check_output(output)
-    source = open_source(data)
     bars = Progress(progress)
+    read_template(template)
+    choose_dtype(dtype, choose_device(device))
+    source = open_source(data)
     records = read_records(source)
     lm = load_model(model, tokenizer, device, dtype)
     layout = load_template(template, lm.tokenizer, include_eos)
@@ -112,7 +116,7 @@ def score(
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "versions": package_versions(),
     }
-    scores = Scores(job.table(), manifest, source)
+    scores = Scores(job.table(), manifest, source, job.stats)
     if folder is not None:
         write_run(folder, scores, job.rejections)
     return scores
@@ -133,6 +137,7 @@ class _Job:
     nll_zero: np.ndarray  # float32 [N]
     nll_one: np.ndarray
     neighbors: Neighbors
+    stats: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(cls, records: Records, template: Template, max_length: int | None) -> _Job:
@@ -199,13 +204,22 @@ class _Job:
         record = np.concatenate([left, left])
         one_shot = np.arange(len(record)) >= len(left)
         lengths = np.where(one_shot, self.one_length[record], self.zero_length[record])
+        padded = 0
+        begin = time.perf_counter()
         with bars.task("scoring", int(lengths.sum()), "tokens") as advance:
             for batch in plan_batches(lengths, batch_tokens):
                 sequences = [self._sequence(int(record[place]), bool(one_shot[place])) for place in batch]
                 nll = lm.response_nll(sequences)
                 for place, value in zip(batch, nll, strict=True):
                     (self.nll_one if one_shot[place] else self.nll_zero)[record[place]] = value
+                padded += len(batch) * int(lengths[batch].max())
                 advance(int(lengths[batch].sum()))
+        forwarded = int(lengths.sum())
+        self.stats = {
+            "forwarded_tokens": forwarded,
+            "padding_tokens": padded - forwarded,
+            "scoring_seconds": time.perf_counter() - begin,
+        }
         for i in left:
             if not np.isfinite(self.nll_one[i] - self.nll_zero[i]):
                 self.status[i] = "non_finite"

@@ -53,12 +53,14 @@ class Scores:
 
     `table` columns: `index` int64; `id` string; `miwv`, `nll_one_shot`, `nll_zero_shot` float32 in nats per token,
     null where not scored; `response_tokens` int32, how many tokens were scored; `neighbor` int64, the demonstration;
-    `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about.
+    `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about; `stats`
+    what they cost (`forwarded_tokens`, `padding_tokens`, `scoring_seconds`) and is not kept on disk.
     """
 
     table: pa.Table
     manifest: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

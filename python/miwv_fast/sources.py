@@ -182,7 +182,11 @@ def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     # Bytes that are not UTF-8 become lone surrogates, which reject their own row and no other.
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines)
+    with lines:
+        yield from _read_csv_rows(path, csv.reader(lines))
+
+
+def _read_csv_rows(path: Path, reader: Any) -> Iterator[Row]:
     header = next(reader, None)
     if header is None:
         return

@@ -108,22 +108,33 @@ class Template(Protocol):
         ...
 
 
-def load_template(template: str | Path, tokenizer: Any, include_eos: bool = False) -> Template:
-    """A template by name (`alpaca`, `plain`, `chat`) or from a Jinja file that defines `prompt` and `separator`.
+def read_template(template: str | Path) -> str | None:
+    """The Jinja source of a template given by name or file, None for `chat`, whose source the tokenizer holds.
 
-    Raises ValueError for an unknown name or a template that cannot be used, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown name, FileNotFoundError for a missing file.
     """
-    encoder = SegmentEncoder(tokenizer)
     if template == "chat":
-        return ChatTemplate(encoder, include_eos)
+        return None
     if template in ("alpaca", "plain"):
-        return PairTemplate(str(template), {"alpaca": ALPACA, "plain": PLAIN}[str(template)], encoder, include_eos)
+        return {"alpaca": ALPACA, "plain": PLAIN}[str(template)]
     path = Path(template)
     if path.suffix not in (".jinja", ".jinja2", ".j2"):
         raise ValueError(f"unknown template {str(template)!r}; known are alpaca, plain, chat, or a .jinja file")
     if not path.is_file():
         raise FileNotFoundError(f"no such template file: {path}")
-    return PairTemplate(str(path), path.read_text(encoding="utf-8"), encoder, include_eos)
+    return path.read_text(encoding="utf-8")
+
+
+def load_template(template: str | Path, tokenizer: Any, include_eos: bool = False) -> Template:
+    """A template by name (`alpaca`, `plain`, `chat`) or from a Jinja file that defines `prompt` and `separator`.
+
+    Raises ValueError for an unknown name or a template that cannot be used, FileNotFoundError for a missing file.
+    """
+    source = read_template(template)
+    encoder = SegmentEncoder(tokenizer)
+    if source is None:
+        return ChatTemplate(encoder, include_eos)
+    return PairTemplate(str(template), source, encoder, include_eos)
 
 
 @dataclass(frozen=True)
