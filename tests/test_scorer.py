@@ -281,3 +281,98 @@ class TestUnusable:
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file"):
             miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "file")
+
+
+class TestSharedPrefixes:
+    """Running a record behind the kept keys and values of its demonstration changes nothing but the cost."""
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
+    @pytest.mark.parametrize("shape", ["alpaca", "messages"])
+    def test_same_scores_for_fewer_tokens(self, architecture, shape):
+        tokenizer = byte_level()
+        model = tiny_model(architecture, len(tokenizer))
+        rows = make_rows(shape, 25)
+        options = {"embedder": text_embedder, "include_eos": True, "batch_tokens": 800}
+        shared = miwv_fast.score(rows, (model, tokenizer), **options)
+        plain = miwv_fast.score(rows, (model, tokenizer), share_prefix=False, **options)
+        for name in ("nll_zero_shot", "nll_one_shot"):
+            np.testing.assert_allclose(shared.table[name], plain.table[name], atol=2e-5)
+        assert shared.table.drop(["miwv", "nll_zero_shot", "nll_one_shot"]).equals(
+            plain.table.drop(["miwv", "nll_zero_shot", "nll_one_shot"])
+        )
+        assert shared.stats["forwarded_tokens"] < 0.75 * plain.stats["forwarded_tokens"]
+
+    def test_a_chat_template_that_rewrites_earlier_turns_is_run_whole(self):
+        tokenizer = byte_level()
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "assistant\n{% endif %}", "assistant\n<think>{% endif %}"
+        )
+        model, rows = tiny_model("llama", len(tokenizer)), make_rows("alpaca", 8)
+        options = {"embedder": text_embedder, "template": "chat"}
+        shared = miwv_fast.score(rows, (model, tokenizer), **options)
+        plain = miwv_fast.score(rows, (model, tokenizer), share_prefix=False, **options)
+        assert shared.stats["forwarded_tokens"] == plain.stats["forwarded_tokens"]
+        assert shared.table.equals(plain.table)
+
+    def test_a_record_that_has_no_score_still_demonstrates(self, llama):
+        """Its own demonstration leaves it no room, yet others continue it: it is run, and not scored."""
+        rows = [
+            {"instruction": "Name three colors.", "input": "", "output": "red"},
+            {"instruction": "Name three colors!", "input": "", "output": "red, blue, three and the others"},
+            {"instruction": "Name three colors?", "input": "", "output": "red"},
+        ]
+        embeddings = np.array([[1, 0], [1, 0.1], [1, 0.25]], np.float32)
+        prompt, response = (len(llama[1](text).input_ids) for text in ("User: Name three colors.\nAssistant:\n", "red"))
+        limit = 2 * prompt + response + 4
+        options = {"embedder": embeddings, "template": "plain", "max_length": limit}
+        shared = miwv_fast.score(rows, llama, **options)
+        assert shared.table["neighbor"].to_pylist() == [1, 0, 1]
+        plain = miwv_fast.score(rows, llama, share_prefix=False, **options)
+        assert shared.table["status"].to_pylist() == plain.table["status"].to_pylist()
+        for a, b in zip(shared.table["miwv"].to_pylist(), plain.table["miwv"].to_pylist(), strict=True):
+            assert (a is None) == (b is None) and (a is None or a == pytest.approx(b, abs=2e-5))
+
+
+class TestOutOfMemory:
+    """The budget is halved, the work retried, nothing lost."""
+
+    def test_budget_is_halved(self, llama, monkeypatch, caplog):
+        from miwv_fast.model import CausalLM
+
+        rows = [{"instruction": f"Name {n} colors", "output": f"red, {n % 7} and blue"} for n in range(30)]
+        expected = miwv_fast.score(rows, llama, embedder=text_embedder)
+        run = CausalLM._run
+        refused = []
+
+        def small(self, sequences, prefixes, keep):
+            if len(sequences) > 3:
+                refused.append(len(sequences))
+                raise torch.OutOfMemoryError("no")
+            return run(self, sequences, prefixes, keep)
+
+        monkeypatch.setattr(CausalLM, "_run", small)
+        scores = miwv_fast.score(rows, llama, embedder=text_embedder)
+        assert refused and "out of memory: going on with batches of" in caplog.text
+        np.testing.assert_allclose(scores.table["miwv"], expected.table["miwv"], atol=4e-5)
+        assert scores.stats["forwarded_tokens"] == expected.stats["forwarded_tokens"]
+
+    def test_a_sequence_that_never_fits_is_named(self, llama, monkeypatch):
+        from miwv_fast.model import CausalLM
+
+        run = CausalLM._run
+
+        def never(self, sequences, prefixes, keep):
+            if max(len(sequence.ids) for sequence in sequences) > 20:
+                raise torch.OutOfMemoryError("no")
+            return run(self, sequences, prefixes, keep)
+
+        monkeypatch.setattr(CausalLM, "_run", never)
+        with pytest.raises(MemoryError, match="one sequence alone"):
+            miwv_fast.score(make_rows("alpaca", 3), llama, embedder=text_embedder)
+
+    def test_other_errors_are_not_swallowed(self, llama, monkeypatch):
+        from miwv_fast.model import CausalLM
+
+        monkeypatch.setattr(CausalLM, "response_nll_and_prefixes", lambda *_: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+            miwv_fast.score(make_rows("alpaca", 3), llama, embedder=text_embedder)

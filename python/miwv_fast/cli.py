@@ -107,13 +107,13 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s")
     # Other libraries' own bars and advice would drown ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for noisy in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "gguf"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("MIWV_TRACEBACK"):
             raise
         typer.echo(f"miwv-fast: error: {error}", err=True)

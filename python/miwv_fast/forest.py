@@ -1,21 +1,118 @@
-"""The plan: which sequences run together in one forward pass."""
+"""The plan: which sequences run behind a shared prefix, and which run together.
+
+A record's zero-shot sequence is the prefix of every one-shot sequence that demonstrates with it, so the records form
+trees: the root is run once, with its keys and values kept, and each child only as the continuation behind it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+MAX_PADDING = 0.02
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that depends on no other unit: record numbers, int64, of four kinds of forward pass.
+
+    `roots` are run alone and their keys and values kept; `scored`, bool, says for which of them this unit gives the
+    zero-shot loss. `children` are run behind their parents, all of which are among `roots`. `zero_shot` and `one_shot`
+    are run whole.
+    """
+
+    roots: np.ndarray
+    scored: np.ndarray
+    children: np.ndarray
+    zero_shot: np.ndarray
+    one_shot: np.ndarray
+
+
+def plan_units(
+    zero: np.ndarray,
+    one: np.ndarray,
+    prefix: np.ndarray,
+    parent: np.ndarray,
+    *,
+    cache_tokens: int,
+    unit_tokens: int,
+) -> list[Unit]:
+    """Trees and single sequences, packed into units.
+
+    `zero` and `one` int [N] are the lengths of the zero-shot and one-shot passes, 0 where a record has none; `prefix`
+    is a record's length as a demonstration; `parent` int64 [N] the record behind which its one-shot pass runs, -1
+    where that pass runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and forwards about
+    `unit_tokens`; a root with more children than that is run again in the next unit, where it is not scored.
+    """
+    units = list(_plan_trees(zero, one, prefix, parent, cache_tokens, unit_tokens))
+    is_root = np.zeros(len(zero), bool)
+    is_root[parent[(parent >= 0) & (one > 0)]] = True
+    singles = [(np.flatnonzero((zero > 0) & ~is_root), zero), (np.flatnonzero((one > 0) & (parent < 0)), one)]
+    nothing = np.empty(0, np.int64)
+    for kind, (records, length) in enumerate(singles):
+        records = records[np.argsort(-length[records], kind="stable")]
+        ends = np.searchsorted(np.cumsum(length[records]), np.arange(unit_tokens, length[records].sum(), unit_tokens))
+        for part in np.split(records, ends):
+            if len(part):
+                pair = (part, nothing) if kind == 0 else (nothing, part)
+                units.append(Unit(nothing, nothing.astype(bool), nothing, *pair))
+    return units
+
+
+def _plan_trees(
+    zero: np.ndarray, one: np.ndarray, prefix: np.ndarray, parent: np.ndarray, cache_tokens: int, unit_tokens: int
+) -> Iterator[Unit]:
+    children = np.flatnonzero((one > 0) & (parent >= 0))
+    # Roots of like length share a unit, so that their caches stand side by side almost without padding.
+    order = np.lexsort((children, parent[children], -prefix[parent[children]]))
+    roots: list[int] = []
+    scored: list[bool] = []
+    held: list[int] = []
+    cached = forwarded = 0
+    last_root = -1
+    nothing = np.empty(0, np.int64)
+
+    def unit() -> Unit:
+        return Unit(np.array(roots, np.int64), np.array(scored, bool), np.array(held, np.int64), nothing, nothing)
+
+    for child in children[order].tolist():
+        root = int(parent[child])
+        new = not roots or root != roots[-1]
+        grown = cached + (int(prefix[root]) if new else 0)
+        if held and (grown > cache_tokens or forwarded >= unit_tokens):
+            yield unit()
+            roots, scored, held = [], [], []
+            cached = forwarded = 0
+            new = True
+        if new:
+            roots.append(root)
+            scored.append(root != last_root and bool(zero[root] > 0))
+            cached += int(prefix[root])
+            forwarded += int(prefix[root])
+            last_root = root
+        held.append(child)
+        forwarded += int(one[child] - prefix[root])
+    if held:
+        yield unit()
+
+
+def plan_batches(lengths: np.ndarray, batch_tokens: int, max_padding: float = MAX_PADDING) -> Iterator[np.ndarray]:
     """Places of sequences of like length, int64, batch by batch, longest first so that memory is asked for early.
 
-    A batch's padded size, its longest sequence times its sequences, is at most `batch_tokens`; a sequence longer
-    than that is a batch by itself.
+    A batch ends where its padded size, its longest sequence times its sequences, would pass `batch_tokens`, or where
+    more than `max_padding` of it would be padding; it holds at least one sequence.
     """
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
-        count = max(1, batch_tokens // max(1, int(lengths[order[begin]])))
+        longest = int(lengths[order[begin]])
+        count = max(1, batch_tokens // max(1, longest))
+        inside = lengths[order[begin : begin + count]]
+        filled = np.cumsum(inside) / (longest * np.arange(1, len(inside) + 1))
+        # The share of padding may fall again further on; the batch ends where it first passes the limit.
+        over = np.flatnonzero(filled < 1 - max_padding)
+        count = int(over[0]) if len(over) else len(inside)
         yield order[begin : begin + count]
         begin += count

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from miwv_fast import ops
 from miwv_fast.templates import TokenSequence
@@ -19,10 +22,48 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class CausalLM:
-    """A model, its tokenizer, and how its logits at scored positions are had.
+@dataclass(frozen=True)
+class Prefixes:
+    """Keys and values of sequences that others continue: per layer two tensors [R, heads, W, D]; `lengths` [R] <= W."""
 
-    `max_length` is the number of positions the model knows, None where it has no limit.
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    lengths: np.ndarray
+
+    @staticmethod
+    def join(parts: Sequence[Prefixes]) -> Prefixes:
+        """One after the other; each layer is copied once, its part's own copy freed as it goes."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.layers[0][0].shape[2] for part in parts)
+
+        def stack(layer: int, which: int) -> torch.Tensor:
+            tensors = [part.layers[layer][which] for part in parts]
+            return torch.cat([functional.pad(tensor, (0, 0, 0, width - tensor.shape[2])) for tensor in tensors])
+
+        layers = [(stack(layer, 0), stack(layer, 1)) for layer in range(len(parts[0].layers))]
+        return Prefixes(layers, np.concatenate([part.lengths for part in parts]))
+
+    def pick(self, rows: np.ndarray) -> Prefixes:
+        """These rows, which may repeat, as wide as the longest of them; one row is expanded and not copied."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        index = torch.from_numpy(rows).to(self.layers[0][0].device)
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor[:, :, :width]
+            if (rows == rows[0]).all():
+                return tensor[int(rows[0])].expand(len(rows), *tensor.shape[1:])
+            return tensor.index_select(0, index)
+
+        return Prefixes([(take(keys), take(values)) for keys, values in self.layers], lengths)
+
+
+class CausalLM:
+    """A model, its tokenizer, how its logits at scored positions are had, and whether sequences can share a prefix.
+
+    `max_length` is the number of positions the model knows, None where it has no limit. `keeps_rows`: it gives logits
+    at chosen positions only. `shared_length`: the longest sequence that can be run behind the kept keys and values of
+    its beginning, 0 where none can.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -36,34 +77,62 @@ class CausalLM:
         self.keeps_rows = self._check_rows()
         if not self.keeps_rows:
             _log.warning("%s cannot give logits at chosen positions only: all of them are computed", name)
+        self.cache_bytes_per_token = 0
+        self.shared_length = self._check_sharing()
+
+    def response_nll(self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None = None) -> torch.Tensor:
+        """Mean negative log-likelihood in nats, float32 [B] on the model's device, of each sequence's scored tokens.
+
+        With `prefixes` [B], sequence b continues prefix b.
+        """
+        return self._run(sequences, prefixes, keep=False)[0]
+
+    def response_nll_and_prefixes(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, Prefixes]:
+        """The same, and the sequences' own keys and values. A sequence without scored tokens has NaN."""
+        nll, cache = self._run(sequences, None, keep=True)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return nll, Prefixes(layers, np.array([len(sequence.ids) for sequence in sequences]))
 
     @torch.inference_mode()
-    def response_nll(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
-        """Mean negative log-likelihood in nats, float32 [B], of the scored tokens of each sequence, in one pass."""
+    def _run(
+        self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None, keep: bool
+    ) -> tuple[torch.Tensor, Any]:
         width = max(len(sequence.ids) for sequence in sequences)
         ids = torch.zeros(len(sequences), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        keep = torch.zeros(len(sequences), width, dtype=torch.bool)
+        rows = torch.zeros(len(sequences), width, dtype=torch.bool)
         for place, sequence in enumerate(sequences):
             length = len(sequence.ids)
             ids[place, :length] = torch.from_numpy(sequence.ids)
             mask[place, :length] = 1
-            keep[place, torch.from_numpy(sequence.rows).long()] = True
+            rows[place, torch.from_numpy(sequence.rows).long()] = True
         targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences])).long()
         counts = [len(sequence.targets) for sequence in sequences]
         offsets = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64))
-        logits = self._forward(ids.to(self.device), mask.to(self.device), keep.to(self.device))
-        rows = None if logits.ndim == 2 else keep.flatten().nonzero().squeeze(1).to(logits.device)
-        nll = ops.response_nll(logits, targets.to(logits.device), offsets.to(logits.device), rows)
-        return nll.cpu().numpy()
+        logits, cache = self._forward(ids, mask, rows, prefixes, keep)
+        chosen = None if logits.ndim == 2 else rows.flatten().nonzero().squeeze(1).to(logits.device)
+        return ops.response_nll(logits, targets.to(logits.device), offsets.to(logits.device), chosen), cache
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Logits of the kept positions [T, V], or of all positions [B, S, V]."""
-        chosen = {"logits_to_keep": keep} if self.keeps_rows else {}
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **chosen).logits
-        if not isinstance(logits, torch.Tensor):
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, prefixes: Prefixes | None, keep: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits of the chosen rows [T, V], or of all positions [B, S, V]; and the cache, if it is kept."""
+        options: dict[str, Any] = {"use_cache": keep or prefixes is not None}
+        if prefixes is not None:
+            from transformers import DynamicCache
+
+            lengths = torch.from_numpy(prefixes.lengths)[:, None]
+            width = prefixes.layers[0][0].shape[2]
+            mask = torch.cat([(torch.arange(width) < lengths).long(), mask], dim=1)
+            options["position_ids"] = (lengths + torch.arange(ids.shape[1])).to(self.device)
+            options["past_key_values"] = DynamicCache(prefixes.layers)
+        if self.keeps_rows:
+            options["logits_to_keep"] = rows.to(self.device)
+        result = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options)
+        if not isinstance(result.logits, torch.Tensor):
             raise ValueError(f"{self.name} gives no logits; it is no causal language model")
-        return logits.squeeze(0) if self.keeps_rows and logits.ndim == 3 else logits
+        logits = result.logits.squeeze(0) if self.keeps_rows and result.logits.ndim == 3 else result.logits
+        return logits, result.past_key_values if keep else None
 
     @torch.inference_mode()
     def _check_rows(self) -> bool:
@@ -78,12 +147,44 @@ class CausalLM:
             rows = self.model(**everything, logits_to_keep=keep).logits
         except (IndexError, RuntimeError, TypeError, ValueError):
             return False
-        rows = rows.squeeze(0) if rows.ndim == 3 else rows
-        if rows.shape != full.shape:
-            return False
-        # The same rows up to the rounding of a product of another shape; other rows differ by far more.
-        unit = torch.finfo(full.dtype).eps * float(full.abs().max())
-        return bool((rows - full).abs().max() <= 64 * unit)
+        return _agree(rows.squeeze(0) if rows.ndim == 3 else rows, full)
+
+    @torch.inference_mode()
+    def _check_sharing(self) -> int:
+        """Runs a sequence whole and behind its own beginning, in a batch with another: both must agree.
+
+        The cache must keep every key and value: a recurrent state cannot be padded, and a sliding window forgets.
+        """
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        ids = np.arange(14, dtype=np.int32) % self.vocab_size
+        none, last = np.empty(0, np.int32), np.array([6], np.int32)
+        whole = [TokenSequence(ids[:7], last, last), TokenSequence(ids[7:], last, last)]
+        try:
+            cache = self._run([TokenSequence(ids[:5], none, none), TokenSequence(ids[7:10], none, none)], None, True)[1]
+            if cache is None or not all(
+                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+            ):
+                return 0
+            prefixes = Prefixes([(layer.keys, layer.values) for layer in cache.layers], np.array([5, 3]))
+            behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            _log.debug("%s cannot share prefixes: %s", self.name, error)
+            return 0
+        if not _agree(behind, self.response_nll(whole)):
+            return 0
+        kept = sum(tensor.nbytes for layer in prefixes.layers for tensor in layer)
+        self.cache_bytes_per_token = kept // prefixes.layers[0][0].shape[0] // prefixes.layers[0][0].shape[2]
+        windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        return min([window - 1 for window in windows], default=sys.maxsize)
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to the rounding of products of another shape; logits of another position differ by far more."""
+    if a.shape != b.shape:
+        return False
+    unit = torch.finfo(a.dtype).eps * float(b.abs().max())
+    return bool((a - b).abs().max() <= 64 * unit)
 
 
 def load_model(

@@ -92,6 +92,14 @@ class TokenSequence:
             raise ValueError("a sequence without a scored token cannot be run")
         return TokenSequence(self.ids[: self.rows[scored - 1] + 1], self.rows[:scored], self.targets[:scored])
 
+    def prefix(self, scored: int) -> TokenSequence:
+        """All tokens, as others continue them, with the first `scored` targets; none of them may be scored."""
+        return TokenSequence(self.ids, self.rows[:scored], self.targets[:scored])
+
+    def behind(self, length: int) -> TokenSequence:
+        """What follows the first `length` tokens, none of which is read for a target."""
+        return TokenSequence(self.ids[length:], self.rows - length, self.targets)
+
 
 class Template(Protocol):
     """Turns records into token sequences."""
