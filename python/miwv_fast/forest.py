@@ -16,11 +16,11 @@ MAX_PADDING = 0.02
 
 @dataclass(frozen=True)
 class Unit:
-    """Work that depends on no other unit: record numbers, int64, of four kinds of forward pass.
+    """Work that depends on no other unit: four kinds of forward pass, int64.
 
-    `roots` are run alone and their keys and values kept; `scored`, bool, says for which of them this unit gives the
-    zero-shot loss. `children` are run behind their parents, all of which are among `roots`. `zero_shot` and `one_shot`
-    are run whole.
+    `roots` are records run alone whose keys and values are kept; `scored`, bool, says for which of them this unit gives
+    the zero-shot loss. `children` are one-shot passes run behind their parents, all of which are among `roots`.
+    `zero_shot` (records) and `one_shot` (passes) are run whole.
     """
 
     roots: np.ndarray
@@ -41,9 +41,9 @@ def plan_units(
 ) -> list[Unit]:
     """Trees and single sequences, packed into units.
 
-    `zero` and `one` int [N] are the lengths of the zero-shot and one-shot passes, 0 where a record has none; `prefix`
-    is a record's length as a demonstration; `parent` int64 [N] the record behind which its one-shot pass runs, -1
-    where that pass runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and forwards about
+    `zero` int [N] and `one` int [P] are the lengths of the zero-shot and one-shot passes, 0 where there is none;
+    `prefix` int [N] is a record's length as a demonstration; `parent` int64 [P] the record behind which a one-shot pass
+    runs, -1 where it runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and forwards about
     `unit_tokens`; a root with more children than that is run again in the next unit, where it is not scored.
     """
     units = list(_plan_trees(zero, one, prefix, parent, cache_tokens, unit_tokens))

@@ -15,7 +15,7 @@ from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Record, Records, Rejection
 from miwv_fast.runner import Runner
-from miwv_fast.scores import SCHEMA
+from miwv_fast.scores import MULTI_SCHEMA, SCHEMA
 from miwv_fast.sources import Source
 from miwv_fast.templates import Template, TokenSequence
 
@@ -24,25 +24,28 @@ UNIT_BATCHES = 64
 
 @dataclass
 class Job:
-    """What is known of each record so far; arrays have one entry per input record."""
+    """What is known of each record so far; N input records, k demonstrations for each.
+
+    One-shot passes are numbered `record * k + rank`.
+    """
 
     records: Records
     template: Template
     max_length: int | None
     status: list[str | None]
     rejections: list[Rejection]
-    scored_tokens: np.ndarray  # int32 [N], equal in both passes
+    scored_tokens: np.ndarray  # int32 [N], equal in all passes of a record
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
-    one_length: np.ndarray
+    one_length: np.ndarray  # int32 [N, k], 0 where the demonstration leaves no room
     prefix_length: np.ndarray  # int32 [N], positions of the whole record, as a demonstration
-    parents: np.ndarray  # int64 [N], the record behind whose kept keys and values the one-shot pass runs, or -1
+    parents: np.ndarray  # int64 [N, k], the record behind whose kept keys and values the pass runs, or -1
     nll_zero: np.ndarray  # float32 [N]
-    nll_one: np.ndarray
+    nll_one: np.ndarray  # float32 [N, k]
     neighbors: Neighbors
     stats: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, records: Records, template: Template, max_length: int | None) -> Job:
+    def start(cls, records: Records, template: Template, max_length: int | None, k: int) -> Job:
         """A job of which nothing is known but what reading the records has shown."""
         n = len(records)
         return cls(
@@ -53,12 +56,12 @@ class Job:
             rejections=list(records.rejections),
             scored_tokens=np.zeros(n, np.int32),
             zero_length=np.zeros(n, np.int32),
-            one_length=np.zeros(n, np.int32),
+            one_length=np.zeros((n, k), np.int32),
             prefix_length=np.zeros(n, np.int32),
-            parents=np.full(n, -1, np.int64),
+            parents=np.full((n, k), -1, np.int64),
             nll_zero=np.full(n, np.nan, np.float32),
-            nll_one=np.full(n, np.nan, np.float32),
-            neighbors=Neighbors(np.full(n, -1, np.int64), np.full(n, np.nan, np.float32)),
+            nll_one=np.full((n, k), np.nan, np.float32),
+            neighbors=Neighbors.none(n, k),
         )
 
     def pending(self) -> np.ndarray:
@@ -92,107 +95,120 @@ class Job:
         self._each("tokens", measure, bars)
 
     def measure_one_shot(self, bars: Progress, shared_length: int) -> None:
-        """Lengths of both passes; the demonstration may cost a response its tail or all of its room.
+        """Lengths of all passes; a demonstration may cost a response its tail or all of its room.
 
-        Where the one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run
-        behind it: up to `shared_length` positions.
+        Where a one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run behind
+        it: up to `shared_length` positions.
         """
 
         def measure(i: int, record: Record) -> None:
-            neighbor = int(self.neighbors.index[i])
-            if neighbor < 0:
+            demonstrations = [int(j) for j in self.neighbors.index[i] if j >= 0]
+            if not demonstrations:
                 self.status[i] = "no_neighbor"
                 return
-            demonstration = self.records[neighbor]
             zero = self.template.zero_shot(record)
-            one = self.template.one_shot(demonstration, record)
-            room = min(one.room(self.max_length), zero.room(self.max_length))
-            self.scored_tokens[i] = room
-            if not room:
+            passes = [self.template.one_shot(self.records[j], record) for j in demonstrations]
+            rooms = [one.room(self.max_length) for one in passes]
+            # A demonstration that leaves no room is left out; the others share what the tightest of them leaves.
+            room = min([zero.room(self.max_length), *(room for room in rooms if room)])
+            if not any(rooms):
                 self.status[i] = "demonstration_too_long"
                 return
+            self.scored_tokens[i] = room
             if room < len(zero.targets):
                 self.status[i] = "truncated"
-            one = one.cut(room)
             self.zero_length[i] = len(zero.cut(room).ids)
-            self.one_length[i] = len(one.ids)
-            prefix = self.template.zero_shot(demonstration).ids
-            if (
-                len(one.ids) <= shared_length
-                and len(prefix) <= one.rows[0]
-                and np.array_equal(one.ids[: len(prefix)], prefix)
-            ):
-                self.parents[i] = neighbor
+            for rank, (j, one) in enumerate(zip(demonstrations, passes, strict=True)):
+                if not rooms[rank]:
+                    continue
+                one = one.cut(room)
+                self.one_length[i, rank] = len(one.ids)
+                prefix = self.template.zero_shot(self.records[j]).ids
+                inside = len(one.ids) <= shared_length and len(prefix) <= one.rows[0]
+                if inside and np.array_equal(one.ids[: len(prefix)], prefix):
+                    self.parents[i, rank] = j
 
         self._each("plan", measure, bars)
 
     def run(self, runner: Runner, bars: Progress) -> None:
-        """Both passes of every record that is left, unit by unit."""
+        """All passes of every record that is left, unit by unit."""
         left = self.pending()
+        zero = np.where(left, self.zero_length, 0)
+        one = np.where(left[:, None], self.one_length, 0).ravel()
+        parents = self.parents.ravel()
         units = plan_units(
-            np.where(left, self.zero_length, 0),
-            np.where(left, self.one_length, 0),
+            zero,
+            one,
             self.prefix_length,
-            self.parents,
+            parents,
             cache_tokens=runner.cache_tokens(),
             unit_tokens=UNIT_BATCHES * runner.batch_tokens,
         )
+        shared = (one > 0) & (parents >= 0)
+        planned = int(zero.sum() + one.sum() - self.prefix_length[parents[shared]].sum())
         begin = time.perf_counter()
         forwarded = padding = 0
-        with bars.task("scoring", self._planned_tokens(left), "tokens") as advance:
+        with bars.task("scoring", planned, "tokens") as advance:
             for unit in units:
                 result = runner.run(unit, self, advance)
-                for (records, losses), column in ((result.zero_shot, self.nll_zero), (result.one_shot, self.nll_one)):
-                    column[records] = losses
+                for (numbers, losses), column in (
+                    (result.zero_shot, self.nll_zero),
+                    (result.one_shot, self.nll_one.reshape(-1)),
+                ):
+                    column[numbers] = losses
                 forwarded += result.forwarded_tokens
                 padding += result.padding_tokens
         seconds = time.perf_counter() - begin
         self.stats = {"forwarded_tokens": forwarded, "padding_tokens": padding, "scoring_seconds": seconds}
-        for i in np.flatnonzero(left):
-            if not np.isfinite(self.nll_one[i] - self.nll_zero[i]):
-                self.status[i] = "non_finite"
-
-    def _planned_tokens(self, left: np.ndarray) -> int:
-        shared = left & (self.parents >= 0)
-        behind = self.prefix_length[self.parents[shared]].sum()
-        return int((self.zero_length + self.one_length)[left].sum() - behind)
+        finite = np.isfinite(self.nll_zero) & (np.isfinite(self.nll_one) | (self.one_length == 0)).all(axis=1)
+        for i in np.flatnonzero(left & ~finite):
+            self.status[i] = "non_finite"
 
     def zero_shot(self, record: int) -> TokenSequence:
         """The record alone, cut to what is scored."""
         return self.template.zero_shot(self.records[record]).cut(int(self.scored_tokens[record]))
 
-    def one_shot(self, record: int) -> TokenSequence:
-        """The record behind its demonstration, cut to what is scored."""
-        demonstration = self.records[int(self.neighbors.index[record])]
+    def one_shot(self, number: int) -> TokenSequence:
+        """A record behind a demonstration, cut to what is scored."""
+        record, rank = divmod(number, self.parents.shape[1])
+        demonstration = self.records[int(self.neighbors.index[record, rank])]
         return self.template.one_shot(demonstration, self.records[record]).cut(int(self.scored_tokens[record]))
 
     def prefix(self, record: int, scored: bool) -> TokenSequence:
         """All of the record, as others continue it, with its own targets where it is scored."""
         return self.template.zero_shot(self.records[record]).prefix(int(self.scored_tokens[record]) if scored else 0)
 
-    def parent(self, record: int) -> int:
-        """The record that this one continues."""
-        return int(self.parents[record])
+    def parent(self, number: int) -> int:
+        """The record that a one-shot pass continues."""
+        return int(self.parents.flat[number])
 
     def table(self) -> pa.Table:
         """A row per input record, as `Scores.table` describes it."""
-        n = len(self.records)
+        n, k = self.parents.shape
         status = ["ok" if status is None else status for status in self.status]
         unscored = np.array([name not in ("ok", "truncated") for name in status])
         no_tokens = np.array([name not in ("ok", "truncated", "non_finite") for name in status])
-        no_neighbor = self.neighbors.index < 0
-        columns = [
-            pa.array(np.arange(n)),
-            self.records.ids(),
-            pa.array(self.nll_one - self.nll_zero, mask=unscored),
-            pa.array(self.nll_one, mask=unscored),
-            pa.array(self.nll_zero, mask=unscored),
-            pa.array(self.scored_tokens, mask=no_tokens),
-            pa.array(self.neighbors.index, mask=no_neighbor),
-            pa.array(self.neighbors.similarity, mask=no_neighbor),
-            pa.array(status),
-        ]
-        return pa.table(columns, schema=SCHEMA)
+        no_neighbor = self.neighbors.index[:, 0] < 0
+        used = self.one_length > 0
+        # Without a pass there is no loss; a mean over nothing is never shown, its record being unscored.
+        nll_one = self.nll_one[:, 0] if k == 1 else _mean(self.nll_one, used)
+        columns = {
+            "index": pa.array(np.arange(n)),
+            "id": self.records.ids(),
+            "miwv": pa.array(nll_one - self.nll_zero, mask=unscored),
+            "nll_one_shot": pa.array(nll_one, mask=unscored),
+            "nll_zero_shot": pa.array(self.nll_zero, mask=unscored),
+            "response_tokens": pa.array(self.scored_tokens, mask=no_tokens),
+            "neighbor": pa.array(self.neighbors.index[:, 0], mask=no_neighbor),
+            "similarity": pa.array(self.neighbors.similarity[:, 0], mask=no_neighbor),
+            "status": pa.array(status),
+        }
+        if k > 1:
+            deviation = (self.nll_one - nll_one[:, None]) ** 2
+            columns["miwv_spread"] = pa.array(np.sqrt(_mean(deviation, used)), mask=unscored)
+            lists = [[int(j) for j in row if j >= 0] for row in self.neighbors.index]
+            columns["neighbors"] = pa.array(lists, pa.list_(pa.int64()))
+        return pa.table(columns, schema=SCHEMA if k == 1 else MULTI_SCHEMA)
 
     def _each(self, name: str, measure: Callable[[int, Record], None], bars: Progress) -> None:
         left = np.flatnonzero(self.pending())
@@ -205,3 +221,10 @@ class Job:
                     self.status[i] = "malformed"
                     self.rejections.append(Rejection(i, f"record {i}", str(error), record.embedded_text))
                 advance(1)
+
+
+def _mean(values: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of the used entries, float32 [N], NaN where none is used."""
+    total = np.where(used, values, 0).sum(axis=1, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return (total / used.sum(axis=1)).astype(np.float32)

@@ -24,10 +24,16 @@ Embedder = str | Path | np.ndarray | torch.Tensor | Callable[[list[str]], Any]
 
 @dataclass(frozen=True)
 class Neighbors:
-    """`index` int64 [N] is each record's most similar other record, -1 where there is none; `similarity` float32."""
+    """Each record's most similar other records, nearest first: `index` int64 [N, k], -1 where there are no more, and
+    `similarity` float32 [N, k], NaN there."""
 
     index: np.ndarray
     similarity: np.ndarray
+
+    @staticmethod
+    def none(n: int, k: int) -> Neighbors:
+        """Nobody has a neighbour yet."""
+        return Neighbors(np.full((n, k), -1, np.int64), np.full((n, k), np.nan, np.float32))
 
 
 def embed(texts: Sequence[str], wanted: np.ndarray, embedder: Embedder, device: str, progress: Progress) -> np.ndarray:
@@ -56,56 +62,76 @@ def embed(texts: Sequence[str], wanted: np.ndarray, embedder: Embedder, device: 
     return embeddings
 
 
-def nearest(embeddings: np.ndarray, candidates: np.ndarray, device: str, progress: Progress) -> Neighbors:
-    """The most similar other record by cosine, exactly, for each record in `candidates` (bool [N]), among them.
+def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str, progress: Progress) -> Neighbors:
+    """The k most similar other records by cosine, exactly, for each record in `candidates` (bool [N]), among them.
 
-    Byte-identical embeddings form one group; similarities within 1e-6 of the best are ties; ties go to the
-    lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's. Memory is
-    one block of rows of the similarity matrix, 256 MiB; N² D multiplications and additions.
+    Byte-identical embeddings form one group; similarities within 1e-6 of the best of those that are left are ties;
+    ties go to the lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's.
+    Memory is one block of rows of the similarity matrix, 256 MiB; N² D multiplications and additions.
     """
     n = len(embeddings)
-    result = Neighbors(np.full(n, -1, np.int64), np.full(n, np.nan, np.float32))
+    result = Neighbors.none(n, k)
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
     members = np.flatnonzero(candidates & np.isfinite(norms) & (norms > 0))
     if len(members) < 2:
         return result
-    # Groups in the order of their first members, so that the first maximum found is the lowest index.
-    bytes_of_rows = np.ascontiguousarray(embeddings[members] + 0.0).view(f"V{embeddings.shape[1] * 4}").ravel()
-    _, first, group = np.unique(bytes_of_rows, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    group, first = rank[group], members[first[order]]
-    size = np.bincount(group)
-    # The second member of each group: the neighbour of the first one within its group.
-    rest = np.flatnonzero(first[group] != members)
-    second = np.full(len(first), n, np.int64)
-    np.minimum.at(second, group[rest], members[rest])
-
+    groups = _group(embeddings, members)
+    first = np.array([group[0] for group in groups])
     unit = torch.from_numpy((embeddings[first] / norms[first, None]).astype(np.float32)).to(device)
-    own = torch.from_numpy(size > 1).to(device)
-    best = np.empty(len(first), np.float32)
-    other = np.full(len(first), n, np.int64)
-    block = max(1, _BLOCK_ELEMENTS // len(first))
-    with progress.task("neighbours", len(first), "records") as advance:
-        for begin in range(0, len(first), block):
-            end = min(begin + block, len(first))
-            similarity = (unit[begin:end] @ unit.T).clamp_(-1, 1)
-            itself = torch.arange(begin, end, device=similarity.device)
-            similarity[itself - begin, itself] = torch.where(own[begin:end], 1.0, -2.0)
-            top = similarity.max(dim=1).values
-            similarity[itself - begin, itself] = -2.0
-            found, lowest = (similarity >= (top - TIE)[:, None]).max(dim=1)
-            best[begin:end] = top.cpu()
-            other[begin:end] = np.where(found.cpu(), first[lowest.cpu()], n)
-            advance(end - begin)
-    within = np.where(first[group] == members, second[group], first[group])
-    within[size[group] == 1] = n
-    chosen = np.minimum(other[group], within)
-    found_any = chosen < n
-    result.index[members[found_any]] = chosen[found_any]
-    result.similarity[members[found_any]] = best[group][found_any]
+    block = max(1, _BLOCK_ELEMENTS // len(groups))
+    with progress.task("neighbours", len(groups), "records") as advance:
+        for begin in range(0, len(groups), block):
+            similarity = (unit[begin : begin + block] @ unit.T).clamp_(-1, 1)
+            _choose(similarity, begin, groups, first, k, result)
+            advance(len(similarity))
     return result
+
+
+def _group(embeddings: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
+    """Records with byte-identical embeddings, each group ascending, the groups by their first record."""
+    rows = np.ascontiguousarray(embeddings[members] + 0.0).view(f"V{embeddings.shape[1] * 4}").ravel()
+    _, inverse = np.unique(rows, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    groups = np.split(members[order], np.cumsum(np.bincount(inverse))[:-1])
+    return sorted(groups, key=lambda group: int(group[0]))
+
+
+def _choose(
+    similarity: torch.Tensor, begin: int, groups: list[np.ndarray], first: np.ndarray, k: int, result: Neighbors
+) -> None:
+    """Fills in the neighbours of the groups whose rows of the similarity matrix these are."""
+    itself = torch.arange(begin, begin + len(similarity), device=similarity.device)
+    similarity[itself - begin, itself] = -2.0
+    wanted = min(k, len(first))
+    # Whoever ties with the k-th best may stand in the place of one of the best k.
+    floor = similarity.topk(wanted, dim=1).values[:, -1:] - TIE
+    row, other = (similarity >= floor).nonzero(as_tuple=True)
+    near = similarity[row, other].cpu().numpy()
+    row, other = row.cpu().numpy(), other.cpu().numpy()
+    ends = np.searchsorted(row, np.arange(len(similarity) + 1))
+    for place in range(len(similarity)):
+        group = groups[begin + place]
+        inside = slice(ends[place], ends[place + 1])
+        values, found = near[inside], other[inside]
+        if len(group) == 1 and k == 1:
+            # By far the most frequent case: the lowest index is the first, since groups are in the order of theirs.
+            if values[0] > -2:
+                result.index[group[0], 0], result.similarity[group[0], 0] = first[found[0]], values[0]
+            continue
+        near_by = [(float(v), int(i)) for v, g in zip(values, found, strict=True) if v > -2 for i in groups[g][: k + 1]]
+        near_by += [(1.0, int(i)) for i in group[: k + 1]]
+        for record in group.tolist():
+            _take(record, [pair for pair in near_by if pair[1] != record], k, result)
+
+
+def _take(record: int, near_by: list[tuple[float, int]], k: int, result: Neighbors) -> None:
+    """The best, ties to the lowest index, then the best of those that are left, and so on."""
+    for rank in range(min(k, len(near_by))):
+        best = max(similarity for similarity, _ in near_by)
+        chosen = min((pair for pair in near_by if pair[0] >= best - TIE), key=lambda pair: pair[1])
+        near_by.remove(chosen)
+        result.index[record, rank] = chosen[1]
+        result.similarity[record, rank] = chosen[0]
 
 
 def _load_embedder(name: str | Path, device: str, progress: Progress) -> Callable[[list[str]], np.ndarray]:

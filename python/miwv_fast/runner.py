@@ -24,22 +24,22 @@ class Sequences(Protocol):
         """The record alone, cut to what is scored."""
         ...
 
-    def one_shot(self, record: int) -> TokenSequence:
-        """The record behind its demonstration, cut to what is scored."""
+    def one_shot(self, number: int) -> TokenSequence:
+        """A record behind a demonstration, cut to what is scored."""
         ...
 
     def prefix(self, record: int, scored: bool) -> TokenSequence:
         """All of the record, as others continue it, with its own targets where it is scored."""
         ...
 
-    def parent(self, record: int) -> int:
-        """The record that this one continues."""
+    def parent(self, number: int) -> int:
+        """The record that a one-shot pass continues."""
         ...
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """Losses of a unit, in nats: record numbers int64 and float32, for each of the two passes; and tokens spent."""
+    """Losses of a unit in nats, float32, with the records and the one-shot passes they belong to; and tokens spent."""
 
     zero_shot: tuple[np.ndarray, np.ndarray]
     one_shot: tuple[np.ndarray, np.ndarray]

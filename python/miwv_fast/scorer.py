@@ -32,6 +32,7 @@ def score(
     tokenizer: Any = None,
     embedder: Embedder = DEFAULT_EMBEDDER,
     template: str | Path = "alpaca",
+    neighbors: int = 1,
     include_eos: bool = False,
     max_length: int | None = None,
     batch_tokens: int | Literal["auto"] = "auto",
@@ -52,6 +53,7 @@ def score(
         embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, or a callable
             from a list of texts to such an array.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
+        neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean.
         include_eos: Whether the end-of-turn token behind each response is scored too.
         max_length: Tokens per sequence; by default what the model knows.
         batch_tokens: Padded tokens per forward pass.
@@ -72,7 +74,7 @@ def score(
     Source: Jiang et al., AAAI 2026, arXiv 2511.07074.
     """
     # What can be checked without the model is checked before it is loaded.
-    _check_arguments(max_length, batch_tokens)
+    _check_arguments(neighbors, max_length, batch_tokens)
     folder = _check_output(output)
     bars = Progress(progress)
     read_template(template)
@@ -84,13 +86,13 @@ def score(
     limit = _choose_limit(max_length, lm)
     tokens = _default_batch_tokens(lm) if batch_tokens == "auto" else batch_tokens
 
-    job = Job.start(records, layout, limit)
+    job = Job.start(records, layout, limit, neighbors)
     job.measure_zero_shot(bars)
     job.require_two(source)
     scorable = job.pending()
     texts = [records[i].embedded_text if scorable[i] else "" for i in range(len(records))]
     embeddings = embed(texts, scorable, embedder, str(lm.device), bars)
-    job.neighbors = nearest(embeddings, scorable, str(lm.device), bars)
+    job.neighbors = nearest(embeddings, scorable, neighbors, str(lm.device), bars)
     job.measure_one_shot(bars, lm.shared_length if share_prefix else 0)
     job.run(Runner(lm, tokens), bars)
     for rejection in job.rejections[:_SHOWN_REJECTIONS]:
@@ -107,6 +109,7 @@ def score(
         "template": layout.name,
         "template_source": layout.source,
         "chat_date": CHAT_DATE.date().isoformat(),
+        "neighbors": neighbors,
         "include_eos": include_eos,
         "max_length": limit,
         "batch_tokens": tokens,
@@ -121,8 +124,9 @@ def score(
     return scores
 
 
-def _check_arguments(max_length: int | None, batch_tokens: int | Literal["auto"]) -> None:
-    for name, value, least in (("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1)):
+def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int | Literal["auto"]) -> None:
+    counts = (("neighbors", neighbors, 1), ("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1))
+    for name, value, least in counts:
         if value is None or value == "auto":
             continue
         if isinstance(value, bool) or not isinstance(value, int):

@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
     ]
 )
+# With more than one demonstration per record: how far their scores lie apart, and which they are.
+MULTI_SCHEMA = SCHEMA.append(pa.field("miwv_spread", pa.float32())).append(pa.field("neighbors", pa.list_(pa.int64())))
 _MANIFEST_KEY = b"miwv_fast"
 
 _log = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class Scores:
     null where not scored; `response_tokens` int32, how many tokens were scored; `neighbor` int64, the demonstration;
     `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about; `stats`
     what they cost (`forwarded_tokens`, `padding_tokens`, `scoring_seconds`) and is not kept on disk.
+
+    With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over them, `neighbor` and `similarity`
+    are of the nearest, and two columns follow: `miwv_spread` float32, the standard deviation over the demonstrations,
+    and `neighbors`, a list of int64.
     """
 
     table: pa.Table
@@ -133,7 +139,7 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
         raise ValueError(f"{file} is not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}
     table = table.replace_schema_metadata(None)
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(SCHEMA) and not table.schema.equals(MULTI_SCHEMA):
         raise ValueError(f"{file} does not hold MIWV scores: its columns are {', '.join(table.column_names)}")
     manifest = json.loads(metadata.get(_MANIFEST_KEY, b"{}"))
     return Scores(table, manifest, _find_source(manifest, data, file.parent))
