@@ -1,7 +1,9 @@
 // The only file that knows Python. Pointers and strides arrive as integers that ops.py has checked against the tensors
 // they came from; what can only be seen in the data (targets, rows, offsets) is checked by the launchers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cpu/row_kernels.h"
 #include "cpu/rows_cpu.h"
 #include "rows.h"
 
@@ -65,17 +67,25 @@ void cpu_response_nll_difference(const py::tuple& one_shot, const py::tuple& zer
   miwv::cpu::response_nll_difference(params, num_threads);
 }
 
+double cpu_read(uintptr_t data, int64_t bytes) {
+  py::gil_scoped_release release;
+  return miwv::cpu::row_kernels().read(pointer<const void>(data), bytes);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.attr("version") = MIWV_VERSION;
 #ifdef MIWV_HAVE_CUDA
   m.attr("has_cuda") = true;
 #else
   m.attr("has_cuda") = false;
 #endif
-  m.def("isa", [] { return "generic"; });
-  m.def("available_isas", [] { return py::make_tuple("generic"); });
+  miwv::cpu::row_kernels();  // a wrong MIWV_ISA shows here, not at the first call
+  m.def("isa", [] { return miwv::cpu::row_kernels().isa; });
+  m.def("available_isas", &miwv::cpu::available_isas);
+  m.def("select_isa", &miwv::cpu::select_isa);  // for tests and benchmarks; users have MIWV_ISA
+  m.def("cpu_read", &cpu_read);
   m.def("cpu_token_logprobs", &cpu_token_logprobs);
   m.def("cpu_response_nll", &cpu_response_nll);
   m.def("cpu_response_nll_difference", &cpu_response_nll_difference);

@@ -1,70 +1,24 @@
-// log p(target) of logits rows and its means over responses.
-//
-//   log p(t | x) = x[t] - m - log(sum_v exp(x[v] - m)),  m = max_v x[v]
+// log p(target) of logits rows and its means over responses: checks what lies in the data, spreads rows over threads,
+// and adds up. Means are sums in double in the order of the tokens, so threads leave no trace in them.
 #include "rows_cpu.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "../check.h"
+#include "row_kernels.h"
+#include "threads.h"
 
 namespace miwv::cpu {
 namespace {
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInf = std::numeric_limits<double>::infinity();
+// A pool thread takes some 5 us to wake, in which one thread reads about this much.
+constexpr int64_t kBytesPerPiece = 128 << 10;
+constexpr int64_t kBytesPerThread = 512 << 10;
 
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-  operator float() const { return from_bits(static_cast<uint32_t>(bits) << 16); }
-};
-
-struct Float16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-    const uint32_t exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-    if (exponent == 31) return from_bits(sign | 0x7f800000 | (mantissa << 13));
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 0x1p-24f;
-    return from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  }
-};
-
-template <class T>
-double row_logprob(const T* row, int64_t vocab, int64_t target) {
-  double top = -kInf;
-  for (int64_t i = 0; i < vocab; ++i) {
-    const double value = row[i];
-    if (std::isnan(value)) return kNaN;
-    top = std::max(top, value);
-  }
-  if (std::isinf(top)) return kNaN;
-  double sum = 0;
-  for (int64_t i = 0; i < vocab; ++i) sum += std::exp(row[i] - top);
-  return row[target] - top - std::log(sum);
-}
-
-double logprob(const Logits& logits, int64_t row, int64_t target) {
-  const int64_t offset = logits.row_offset(row);
-  switch (logits.dtype) {
-    case DType::kFloat32:
-      return row_logprob(static_cast<const float*>(logits.data) + offset, logits.vocab, target);
-    case DType::kBFloat16:
-      return row_logprob(static_cast<const BFloat16*>(logits.data) + offset, logits.vocab, target);
-    case DType::kFloat16:
-      return row_logprob(static_cast<const Float16*>(logits.data) + offset, logits.vocab, target);
-  }
-  MIWV_ASSERT(false);
+int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
 }
 
 void check_rows(const char* name, const Logits& logits, const int64_t* rows, int64_t num_tokens) {
@@ -93,22 +47,38 @@ void check_offsets(const int64_t* offsets, int64_t num_responses, int64_t num_to
              ", it must be ", num_tokens, ", the number of targets");
 }
 
+// The rows of one logits tensor, each giving log p of its token.
+class RowReader {
+ public:
+  RowReader(const Logits& logits, const int64_t* rows, const int64_t* targets)
+      : logits_(logits), rows_(rows), targets_(targets), kernel_(row_kernels().logprob(logits.dtype)) {}
+
+  double operator()(int64_t token) const {
+    const int64_t offset = logits_.row_offset(rows_ ? rows_[token] : token) * element_size(logits_.dtype);
+    return kernel_(static_cast<const char*>(logits_.data) + offset, logits_.vocab, targets_[token]);
+  }
+
+  int64_t row_bytes() const { return std::max<int64_t>(1, logits_.vocab * element_size(logits_.dtype)); }
+
+ private:
+  const Logits& logits_;
+  const int64_t* rows_;
+  const int64_t* targets_;
+  RowLogprob kernel_;
+};
+
 template <class Work>
-void parallel_for(int64_t count, int num_threads, const Work& work) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count));
-  std::vector<std::thread> threads;
-  for (int64_t part = 1; part < parts; ++part)
-    threads.emplace_back([&, part] {
-      for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) work(i);
-    });
-  for (int64_t i = 0; i < count / parts; ++i) work(i);
-  for (auto& thread : threads) thread.join();
+void for_each_token(int64_t num_tokens, int64_t bytes_per_token, int num_threads, const Work& work) {
+  const int64_t useful = std::max<int64_t>(1, num_tokens * bytes_per_token / kBytesPerThread);
+  const int64_t grain = std::max<int64_t>(1, kBytesPerPiece / bytes_per_token);
+  parallel_for(num_tokens, grain, static_cast<int>(std::min<int64_t>(num_threads, useful)), work);
 }
 
 float mean(const double* values, int64_t begin, int64_t end) {
   double sum = 0;
   for (int64_t t = begin; t < end; ++t) sum += values[t];
-  return static_cast<float>(begin < end ? sum / static_cast<double>(end - begin) : kNaN);
+  return begin < end ? static_cast<float>(sum / static_cast<double>(end - begin))
+                     : std::numeric_limits<float>::quiet_NaN();
 }
 
 }  // namespace
@@ -116,31 +86,32 @@ float mean(const double* values, int64_t begin, int64_t end) {
 void token_logprobs(const TokenParams& p, int num_threads) {
   check_rows("rows", p.logits, p.rows, p.num_tokens);
   check_targets(p.targets, p.num_tokens, p.logits.vocab);
-  parallel_for(p.num_tokens, num_threads, [&](int64_t t) {
-    p.out[t] = static_cast<float>(logprob(p.logits, p.rows ? p.rows[t] : t, p.targets[t]));
-  });
+  const RowReader logprob(p.logits, p.rows, p.targets);
+  for_each_token(p.num_tokens, logprob.row_bytes(), num_threads,
+                 [&](int64_t t) { p.out[t] = static_cast<float>(logprob(t)); });
 }
 
 void response_nll(const ResponseParams& p, int num_threads) {
   check_rows("rows", p.logits, p.rows, p.num_tokens);
   check_targets(p.targets, p.num_tokens, p.logits.vocab);
   check_offsets(p.offsets, p.num_responses, p.num_tokens);
+  const RowReader logprob(p.logits, p.rows, p.targets);
   std::vector<double> nll(p.num_tokens);
-  parallel_for(p.num_tokens, num_threads,
-               [&](int64_t t) { nll[t] = -logprob(p.logits, p.rows ? p.rows[t] : t, p.targets[t]); });
+  for_each_token(p.num_tokens, logprob.row_bytes(), num_threads, [&](int64_t t) { nll[t] = -logprob(t); });
   for (int64_t b = 0; b < p.num_responses; ++b) p.out[b] = mean(nll.data(), p.offsets[b], p.offsets[b + 1]);
 }
 
 void response_nll_difference(const DifferenceParams& p, int num_threads) {
+  MIWV_ASSERT(p.one_shot.vocab == p.zero_shot.vocab && p.one_shot.dtype == p.zero_shot.dtype);
   check_rows("one_shot_rows", p.one_shot, p.one_shot_rows, p.num_tokens);
   check_rows("zero_shot_rows", p.zero_shot, p.zero_shot_rows, p.num_tokens);
-  check_targets(p.targets, p.num_tokens, std::min(p.one_shot.vocab, p.zero_shot.vocab));
+  check_targets(p.targets, p.num_tokens, p.one_shot.vocab);
   check_offsets(p.offsets, p.num_responses, p.num_tokens);
+  const RowReader one_shot(p.one_shot, p.one_shot_rows, p.targets);
+  const RowReader zero_shot(p.zero_shot, p.zero_shot_rows, p.targets);
   std::vector<double> difference(p.num_tokens);
-  parallel_for(p.num_tokens, num_threads, [&](int64_t t) {
-    difference[t] = logprob(p.zero_shot, p.zero_shot_rows ? p.zero_shot_rows[t] : t, p.targets[t]) -
-                    logprob(p.one_shot, p.one_shot_rows ? p.one_shot_rows[t] : t, p.targets[t]);
-  });
+  for_each_token(p.num_tokens, one_shot.row_bytes() + zero_shot.row_bytes(), num_threads,
+                 [&](int64_t t) { difference[t] = zero_shot(t) - one_shot(t); });
   for (int64_t b = 0; b < p.num_responses; ++b) p.out[b] = mean(difference.data(), p.offsets[b], p.offsets[b + 1]);
 }
 

@@ -101,7 +101,7 @@ def build_info() -> dict[str, object]:
         "version": _core.version,
         "cuda": _core.has_cuda,
         "isa": _core.isa(),
-        "available_isas": list(_core.available_isas()),
+        "available_isas": _core.available_isas(),
         "threads": torch.get_num_threads(),
     }
 
@@ -121,7 +121,7 @@ def _token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None)
     packed = _pack_logits("logits", logits)
     targets = _indices("targets", targets, logits)
     rows = _rows("rows", rows, targets, logits, packed)
-    out = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    out = torch.empty(targets.numel(), dtype=torch.float32, device=logits.device)
     _require_cpu(logits)
     _core.cpu_token_logprobs(
         packed, _address(rows), targets.data_ptr(), targets.numel(), out.data_ptr(), torch.get_num_threads()
@@ -272,8 +272,8 @@ def _require_cpu(logits: Tensor) -> None:
         return
     if logits.is_cuda:
         raise RuntimeError(
-            "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the environment "
-            "variable MIWV_CUDA_WHEELS=1"
+            "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the "
+            "environment variable MIWV_CUDA_WHEELS=1"
         )
     raise ValueError(f"logits are on {logits.device}, they must be on cpu or cuda")
 

@@ -1,0 +1,117 @@
+// log p(target) by one row, for three types and every instruction set, in one translation unit: functions carry target
+// attributes, so no compiler flag can leak an instruction into code that runs before the choice is made.
+#include "row_kernels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "../check.h"
+#include "../online_softmax.h"
+#include "half.h"
+
+#define MIWV_INLINE inline __attribute__((always_inline))
+
+namespace miwv::cpu {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// For rows that the vector kernels leave alone: +inf, or finite logits near the largest float. Two passes in double.
+template <class T>
+SoftmaxSum row_sum_exact(const T* row, int64_t vocab) {
+  double top = -std::numeric_limits<double>::infinity();
+  for (int64_t v = 0; v < vocab; ++v) {
+    const double x = static_cast<float>(row[v]);
+    if (!(x < std::numeric_limits<double>::infinity())) return {0, kNaN};
+    top = std::max(top, x);
+  }
+  double sum = 0;
+  for (int64_t v = 0; v < vocab; ++v)
+    sum += std::exp2((static_cast<float>(row[v]) - top) * static_cast<double>(kLog2E));
+  return {top * static_cast<double>(kLog2E), sum};
+}
+
+}  // namespace
+}  // namespace miwv::cpu
+
+#include "simd_generic.h"
+#if defined(__x86_64__)
+#include "simd_avx2.h"
+#include "simd_avx512.h"
+#endif
+
+namespace miwv::cpu {
+namespace {
+
+#define MIWV_ROW_KERNELS(isa) \
+  {#isa, isa::row_logprob<float>, isa::row_logprob<BFloat16>, isa::row_logprob<Float16>, isa::read}
+
+// Least first.
+constexpr RowKernels kRowKernels[] = {
+    MIWV_ROW_KERNELS(generic),
+#if defined(__x86_64__)
+    MIWV_ROW_KERNELS(avx2),
+    MIWV_ROW_KERNELS(avx512),
+#endif
+};
+
+bool supported(const RowKernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (kernels.isa == std::string("avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (kernels.isa == std::string("avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  return kernels.isa == std::string("generic");
+}
+
+const RowKernels& find(const std::string& isa) {
+  std::string names;
+  for (const auto& kernels : kRowKernels) {
+    if (!supported(kernels)) continue;
+    if (kernels.isa == isa) return kernels;
+    names += names.empty() ? "" : ", ";
+    names += kernels.isa;
+  }
+  throw std::invalid_argument(concat("instruction set '", isa, "' is not among those of this CPU and build: ", names));
+}
+
+const RowKernels& initial() {
+  if (const char* forced = std::getenv("MIWV_ISA"); forced && *forced) {
+    try {
+      return find(forced);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(concat("environment variable MIWV_ISA: ", error.what()));
+    }
+  }
+  return find(available_isas().back());
+}
+
+std::atomic<const RowKernels*>& current() {
+  static std::atomic<const RowKernels*> kernels{&initial()};
+  return kernels;
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  return *current().load(std::memory_order_relaxed);
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const auto& kernels : kRowKernels)
+    if (supported(kernels)) names.emplace_back(kernels.isa);
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  current().store(&find(name), std::memory_order_relaxed);
+}
+
+}  // namespace miwv::cpu
