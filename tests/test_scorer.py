@@ -275,10 +275,7 @@ class TestUnusable:
         with pytest.raises(error, match=message):
             miwv_fast.score(self.ROWS, llama, **{"embedder": text_embedder, **options})
 
-    def test_output_is_not_overwritten(self, llama, tmp_path):
-        miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "run")
-        with pytest.raises(ValueError, match="holds a finished run"):
-            miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "run")
+    def test_output_is_a_file(self, llama, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file"):
             miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "file")

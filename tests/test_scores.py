@@ -69,7 +69,7 @@ def test_run_folder(rows, llama, scored, tmp_path, caplog):
     rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert rejected == [{"index": 12, "location": f"{data}:13", "reason": rejected[0]["reason"], "row": "broken"}]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["template"] == "alpaca" and manifest["data"]["files"][0]["path"] == str(data)
+    assert manifest["template"]["name"] == "alpaca" and manifest["data"]["files"][0]["path"] == str(data)
     loaded = miwv_fast.load_scores(tmp_path / "run")
     assert loaded.table.equals(of_file.table) and loaded.select(3) == of_file.select(3) == scored.select(3)
     data.write_text(data.read_text() + "\n")

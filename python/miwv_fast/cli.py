@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from miwv_fast.errors import Interrupted
 
 app = typer.Typer(
     help="Score, rank and select instruction data by Model Instruction Weakness Value (MIWV).",
@@ -49,9 +53,10 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     share_prefix: Annotated[bool, typer.Option(help="Run one-shot passes behind kept demonstrations.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move a run that OUTPUT holds aside and start over.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress bars; default: on a terminal.")] = None,
 ) -> None:
-    """Scores every record of DATA and writes the scores to a run folder.
+    """Scores every record of DATA and writes the scores to a run folder; the same command goes on after a stop.
 
     Example: miwv-fast score alpaca.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --output run
     """
@@ -71,6 +76,7 @@ def score(
         dtype=dtype,
         share_prefix=share_prefix,
         output=output,
+        resume=not fresh,
         progress="auto" if progress is None else progress,
     )
     counts = ", ".join(f"{count} {status}" for status, count in scores.counts().items())
@@ -97,6 +103,29 @@ def select(
 
 
 @app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Prints how far a run is, how fast, and what was rejected and why."""
+    from miwv_fast.store import run_status
+
+    told = run_status(run)
+    of_units = "" if told["units"] is None else f" of {told['units']}"
+    state = (
+        "finished"
+        if told["finished"]
+        else f"being written by {told['written_by']}"
+        if told["written_by"]
+        else "stopped"
+    )
+    typer.echo(f"{state}: {told['units_done']}{of_units} units, {told['tokens_done']} tokens")
+    if told["tokens_per_second"]:
+        left = "" if told["finished"] or told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"
+        typer.echo(f"{told['tokens_per_second']:.0f} tokens/s{left}")
+    typer.echo(f"{sum(told['rejected'].values())} records rejected")
+    for reason, count in list(told["rejected"].items())[:10]:
+        typer.echo(f"  {count}: {reason}")
+
+
+@app.command()
 def info() -> None:
     """Prints versions, how the kernels were built, and what this machine offers."""
     import json
@@ -118,10 +147,15 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
+    except Interrupted as stop:
+        typer.echo(f"miwv-fast: {stop}; this goes on: miwv-fast {shlex.join(sys.argv[1:])}", err=True)
+        sys.exit(130)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("MIWV_TRACEBACK"):
             raise
         typer.echo(f"miwv-fast: error: {error}", err=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            typer.echo(f"miwv-fast: with more room this goes on: miwv-fast {shlex.join(sys.argv[1:])}", err=True)
         sys.exit(2)
 
 

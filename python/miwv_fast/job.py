@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from miwv_fast.errors import Interrupted
 from miwv_fast.forest import plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Record, Records, Rejection
-from miwv_fast.runner import Runner
+from miwv_fast.runner import Runner, UnitResult
 from miwv_fast.scores import MULTI_SCHEMA, SCHEMA
 from miwv_fast.sources import Source
+from miwv_fast.store import Run
 from miwv_fast.templates import Template, TokenSequence
 
 UNIT_BATCHES = 64
@@ -42,7 +44,7 @@ class Job:
     nll_zero: np.ndarray  # float32 [N]
     nll_one: np.ndarray  # float32 [N, k]
     neighbors: Neighbors
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=lambda: {"forwarded_tokens": 0, "padding_tokens": 0})
 
     @classmethod
     def start(cls, records: Records, template: Template, max_length: int | None, k: int) -> Job:
@@ -130,8 +132,13 @@ class Job:
 
         self._each("plan", measure, bars)
 
-    def run(self, runner: Runner, bars: Progress) -> None:
-        """All passes of every record that is left, unit by unit."""
+    def run(
+        self, runner: Runner, bars: Progress, run: Run | None = None, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        """All passes of every record that is left, unit by unit; those that `run` holds already are taken from there.
+
+        Raises Interrupted behind the unit during which `stopping` became true.
+        """
         left = self.pending()
         zero = np.where(left, self.zero_length, 0)
         one = np.where(left[:, None], self.one_length, 0).ravel()
@@ -146,23 +153,36 @@ class Job:
         )
         shared = (one > 0) & (parents >= 0)
         planned = int(zero.sum() + one.sum() - self.prefix_length[parents[shared]].sum())
+        finished = dict(run.parts()) if run is not None else {}
+        if run is not None:
+            run.save_plan(len(units), planned)
         begin = time.perf_counter()
-        forwarded = padding = 0
         with bars.task("scoring", planned, "tokens") as advance:
-            for unit in units:
+            for number, unit in enumerate(units):
+                if number in finished:
+                    self._take(finished[number])
+                    advance(finished[number].forwarded_tokens)
+                    continue
+                if stopping():
+                    raise Interrupted(f"stopped after {number} of {len(units)} units")
+                since = time.perf_counter()
                 result = runner.run(unit, self, advance)
-                for (numbers, losses), column in (
-                    (result.zero_shot, self.nll_zero),
-                    (result.one_shot, self.nll_one.reshape(-1)),
-                ):
-                    column[numbers] = losses
-                forwarded += result.forwarded_tokens
-                padding += result.padding_tokens
-        seconds = time.perf_counter() - begin
-        self.stats = {"forwarded_tokens": forwarded, "padding_tokens": padding, "scoring_seconds": seconds}
+                if run is not None:
+                    run.save_part(number, result, time.perf_counter() - since)
+                self._take(result)
+        self.stats["scoring_seconds"] = time.perf_counter() - begin
         finite = np.isfinite(self.nll_zero) & (np.isfinite(self.nll_one) | (self.one_length == 0)).all(axis=1)
         for i in np.flatnonzero(left & ~finite):
             self.status[i] = "non_finite"
+
+    def _take(self, result: UnitResult) -> None:
+        for (numbers, losses), column in (
+            (result.zero_shot, self.nll_zero),
+            (result.one_shot, self.nll_one.reshape(-1)),
+        ):
+            column[numbers] = losses
+        self.stats["forwarded_tokens"] += result.forwarded_tokens
+        self.stats["padding_tokens"] += result.padding_tokens
 
     def zero_shot(self, record: int) -> TokenSequence:
         """The record alone, cut to what is scored."""

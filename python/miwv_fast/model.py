@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -79,6 +81,17 @@ class CausalLM:
             _log.warning("%s cannot give logits at chosen positions only: all of them are computed", name)
         self.cache_bytes_per_token = 0
         self.shared_length = self._check_sharing()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and of every weight as it is in memory, hexadecimal."""
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def response_nll(self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None = None) -> torch.Tensor:
         """Mean negative log-likelihood in nats, float32 [B] on the model's device, of each sequence's scored tokens.

@@ -104,7 +104,8 @@ def _choose(
     similarity[itself - begin, itself] = -2.0
     wanted = min(k, len(first))
     # Whoever ties with the k-th best may stand in the place of one of the best k.
-    floor = similarity.topk(wanted, dim=1).values[:, -1:] - TIE
+    kth = similarity.amax(dim=1) if wanted == 1 else similarity.topk(wanted, dim=1).values[:, -1]
+    floor = kth[:, None] - TIE
     row, other = (similarity >= floor).nonzero(as_tuple=True)
     near = similarity[row, other].cpu().numpy()
     row, other = row.cpu().numpy(), other.cpu().numpy()

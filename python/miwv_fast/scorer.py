@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from miwv_fast import ops
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
 from miwv_fast.model import CausalLM, choose_device, choose_dtype, load_model
@@ -16,8 +23,9 @@ from miwv_fast.neighbors import DEFAULT_EMBEDDER, Embedder, embed, nearest
 from miwv_fast.progress import Progress
 from miwv_fast.records import read_records
 from miwv_fast.runner import Runner
-from miwv_fast.scores import Scores, write_run
-from miwv_fast.sources import open_source
+from miwv_fast.scores import Scores
+from miwv_fast.sources import Source, open_source
+from miwv_fast.store import Run
 from miwv_fast.templates import CHAT_DATE, load_template, read_template
 
 _SHOWN_REJECTIONS = 5
@@ -40,6 +48,7 @@ def score(
     dtype: str | torch.dtype = "auto",
     share_prefix: bool = True,
     output: str | os.PathLike[str] | None = None,
+    resume: bool = True,
     progress: bool | Literal["auto"] = "auto",
 ) -> Scores:
     """Scores every record by its Model Instruction Weakness Value: one-shot minus zero-shot mean response loss.
@@ -61,13 +70,17 @@ def score(
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
         share_prefix: Whether to run one-shot passes behind the kept keys and values of their demonstrations: the same
             scores to rounding for two thirds of the tokens. Where model or template do not allow it, it is not done.
-        output: A folder for `scores.parquet`, `manifest.json` and `rejected.jsonl`; without it nothing is written.
+        output: A folder for the run: `scores.parquet`, `manifest.json`, `rejected.jsonl`, and what it takes to go on
+            after an interruption. Without it nothing is written.
+        resume: Whether to continue the run that `output` holds; it must be the same in everything that can change a
+            score. Otherwise the old run is moved aside and a new one begins.
         progress: Whether to show progress bars; `auto` shows them on a terminal.
 
     Returns:
         The scores, a row per input record. Losses are in nats per token, higher MIWV is better.
 
     Raises:
+        Interrupted: SIGTERM or Ctrl-C came while `output` was written; calling again goes on.
         ValueError, TypeError, FileNotFoundError: For input that cannot be used, saying what and where. A single bad
             record is none of these: it has a status instead of a score.
 
@@ -75,8 +88,9 @@ def score(
     """
     # What can be checked without the model is checked before it is loaded.
     _check_arguments(neighbors, max_length, batch_tokens)
-    folder = _check_output(output)
     bars = Progress(progress)
+    if output is not None and Path(output).is_file():
+        raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
     choose_dtype(dtype, choose_device(device))
     source = open_source(data)
@@ -85,43 +99,102 @@ def score(
     layout = load_template(template, lm.tokenizer, include_eos)
     limit = _choose_limit(max_length, lm)
     tokens = _default_batch_tokens(lm) if batch_tokens == "auto" else batch_tokens
-
-    job = Job.start(records, layout, limit, neighbors)
-    job.measure_zero_shot(bars)
-    job.require_two(source)
-    scorable = job.pending()
-    texts = [records[i].embedded_text if scorable[i] else "" for i in range(len(records))]
-    embeddings = embed(texts, scorable, embedder, str(lm.device), bars)
-    job.neighbors = nearest(embeddings, scorable, neighbors, str(lm.device), bars)
-    job.measure_one_shot(bars, lm.shared_length if share_prefix else 0)
-    job.run(Runner(lm, tokens), bars)
-    for rejection in job.rejections[:_SHOWN_REJECTIONS]:
-        _log.warning("%s: %s", rejection.location, rejection.reason)
-    if len(job.rejections) > _SHOWN_REJECTIONS:
-        _log.warning("... and %d more malformed records", len(job.rejections) - _SHOWN_REJECTIONS)
-
     manifest = {
         "data": source.describe(),
         "records": len(records),
-        "model": lm.name,
-        "tokenizer": getattr(lm.tokenizer, "name_or_path", ""),
-        "embedder": str(embedder) if isinstance(embedder, str | Path) else type(embedder).__name__,
-        "template": layout.name,
-        "template_source": layout.source,
-        "chat_date": CHAT_DATE.date().isoformat(),
+        "model": {"name": lm.name, "sha256": None if output is None else lm.fingerprint()},
+        "tokenizer": layout.encoder.fingerprint(),
+        "embedder": _describe_embedder(embedder),
+        "template": {"name": layout.name, "source": layout.source, "chat_date": CHAT_DATE.date().isoformat()},
         "neighbors": neighbors,
         "include_eos": include_eos,
         "max_length": limit,
         "batch_tokens": tokens,
         "share_prefix": share_prefix,
-        "device": str(lm.device),
+        "device": lm.device.type,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "versions": package_versions(),
+        "kernels": ops.build_info()["isa"],
     }
-    scores = Scores(job.table(), manifest, source, job.stats)
-    if folder is not None:
-        write_run(folder, scores, job.rejections)
+    job = Job.start(records, layout, limit, neighbors)
+    runner = Runner(lm, tokens)
+    if output is None:
+        _score(job, source, embedder, runner, share_prefix, bars, None)
+        return Scores(job.table(), manifest, source, job.stats)
+    with Run(Path(output), manifest, resume=resume) as run:
+        _score(job, source, embedder, runner, share_prefix, bars, run)
+        scores = Scores(job.table(), run.manifest, source, job.stats)
+        run.save_rejections(job.rejections)
+        run.finish(scores)
     return scores
+
+
+def _score(
+    job: Job, source: Source, embedder: Embedder, runner: Runner, share_prefix: bool, bars: Progress, run: Run | None
+) -> None:
+    """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk."""
+    device = str(runner.lm.device)
+    job.measure_zero_shot(bars)
+    job.require_two(source)
+    if run is not None:
+        run.save_source(source)
+        run.save_rejections(job.rejections)
+    for rejection in job.rejections[:_SHOWN_REJECTIONS]:
+        _log.warning("%s: %s", rejection.location, rejection.reason)
+    if len(job.rejections) > _SHOWN_REJECTIONS:
+        _log.warning("... and %d more malformed records", len(job.rejections) - _SHOWN_REJECTIONS)
+    found = run.neighbors(len(job.records), job.parents.shape[1]) if run is not None else None
+    if found is None:
+        scorable = job.pending()
+        texts = [job.records[i].embedded_text if scorable[i] else "" for i in range(len(job.records))]
+        embeddings = embed(texts, scorable, embedder, device, bars)
+        found = nearest(embeddings, scorable, job.parents.shape[1], device, bars)
+        if run is not None:
+            run.save_neighbors(embeddings, found)
+    job.neighbors = found
+    job.measure_one_shot(bars, runner.lm.shared_length if share_prefix else 0)
+    if run is None:
+        job.run(runner, bars)
+    else:
+        with stop_signals() as stopping:
+            job.run(runner, bars, run, stopping)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields whether SIGTERM or Ctrl-C has come; a second one ends the process at once, as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        _log.warning("stopping when the unit at hand is finished; once more stops at once")
+        came.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _describe_embedder(embedder: Embedder) -> str:
+    if isinstance(embedder, str | Path):
+        return str(embedder)
+    if isinstance(embedder, np.ndarray | torch.Tensor):
+        array = np.ascontiguousarray(
+            embedder.detach().float().cpu() if isinstance(embedder, torch.Tensor) else embedder
+        )
+        return f"array {list(array.shape)} sha256 {hashlib.sha256(array.data).hexdigest()}"
+    return (
+        f"callable {getattr(embedder, '__module__', '')}.{getattr(embedder, '__qualname__', type(embedder).__name__)}"
+    )
 
 
 def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int | Literal["auto"]) -> None:
@@ -133,17 +206,6 @@ def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int |
             raise TypeError(f"{name} should be a whole number, it is {value!r}")
         if value < least:
             raise ValueError(f"{name} should be at least {least}, it is {value}")
-
-
-def _check_output(output: str | os.PathLike[str] | None) -> Path | None:
-    if output is None:
-        return None
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; give a folder for the run")
-    if (folder / "scores.parquet").exists():
-        raise ValueError(f"output {folder} holds a finished run already; give another folder, or remove it first")
-    return folder
 
 
 def _choose_limit(max_length: int | None, lm: CausalLM) -> int | None:

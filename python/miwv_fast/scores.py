@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast import ranker
-from miwv_fast.records import Rejection
 from miwv_fast.sources import FileSource, Source, open_source
 
 STATUSES = (
@@ -163,20 +162,6 @@ def _find_source(manifest: Mapping[str, Any], data: object, folder: Path) -> Sou
     return source
 
 
-def write_run(folder: Path, scores: Scores, rejections: Iterable[Rejection]) -> None:
-    """Writes a finished run: `manifest.json`, `rejected.jsonl`, `scores.parquet`, and `data.jsonl` if there is no file
-    that the records can be read from again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described = scores.manifest["data"]
-    if scores.source is not None and "files" not in described and "data_set" not in described:
-        write_jsonl(folder / "data.jsonl", (row.value for row in scores.source.rows()))
-    rejected = ({"index": r.index, "location": r.location, "reason": r.reason, "row": r.row} for r in rejections)
-    write_jsonl(folder / "rejected.jsonl", rejected)
-    manifest = json.dumps(dict(scores.manifest), indent=2) + "\n"
-    write_atomically(folder / "manifest.json", lambda out: out.write_text(manifest, encoding="utf-8"))
-    scores.save(folder / "scores.parquet")
-
-
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """Writes one JSON value per line, UTF-8, text as it is."""
 
@@ -189,7 +174,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the target and renames, so that no reader ever sees half a file."""
+    """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -197,5 +182,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)

@@ -106,6 +106,7 @@ class Template(Protocol):
 
     name: str
     source: str
+    encoder: SegmentEncoder
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
@@ -238,7 +239,7 @@ class PairTemplate:
     def __init__(self, name: str, source: str, encoder: SegmentEncoder, include_eos: bool) -> None:
         self.name = name
         self.source = source
-        self._encoder = encoder
+        self.encoder = encoder
         self._end_of_turn = encoder.tokenizer.eos_token_id if include_eos else None
         if include_eos and self._end_of_turn is None:
             raise ValueError("include_eos=True, but the tokenizer has no end-of-sequence token")
@@ -263,13 +264,13 @@ class PairTemplate:
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
-        return _assemble(self._segments(record, scored=True), self._encoder, self._end_of_turn)
+        return _assemble(self._segments(record, scored=True), self.encoder, self._end_of_turn)
 
     def one_shot(self, demonstration: Record, record: Record) -> TokenSequence:
         """Demonstration, separator, record; the scored tokens are those of `zero_shot(record)`."""
         separator = _Prompt((self._separator,))
         segments = [*self._segments(demonstration, scored=False), separator, *self._segments(record, scored=True)]
-        return _assemble(segments, self._encoder, self._end_of_turn)
+        return _assemble(segments, self.encoder, self._end_of_turn)
 
     def _segments(self, record: Record, scored: bool) -> list[_Prompt | _Response]:
         segments: list[_Prompt | _Response] = []
@@ -303,7 +304,7 @@ class ChatTemplate:
     name = "chat"
 
     def __init__(self, encoder: SegmentEncoder, include_eos: bool) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         if not encoder.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use template='alpaca' or 'plain'")
         self.source = str(encoder.tokenizer.get_chat_template())
@@ -348,7 +349,7 @@ class ChatTemplate:
                 prompt = []
             else:
                 prompt.append(part)
-        return _assemble(segments, self._encoder, self._end_of_turn)
+        return _assemble(segments, self.encoder, self._end_of_turn)
 
     def _render_uncached(self, roles: tuple[str, ...]) -> list[str | int]:
         rendered = _split_slots(self._apply(roles, add_generation_prompt=True))
@@ -360,7 +361,7 @@ class ChatTemplate:
         messages = [{"role": role, "content": _slot(place)} for place, role in enumerate(roles)]
         try:
             return str(
-                self._encoder.tokenizer.apply_chat_template(
+                self.encoder.tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -380,8 +381,8 @@ class ChatTemplate:
     def _find_end_of_turn(self) -> int:
         """The first control token that the template writes behind a response, otherwise the tokenizer's EOS."""
         tail = _split_slots(self._apply(("user", "assistant"), add_generation_prompt=False))[-1]
-        pieces = self._encoder.split_controls(tail) if isinstance(tail, str) else []
-        end = next((piece for piece in pieces if isinstance(piece, int)), self._encoder.tokenizer.eos_token_id)
+        pieces = self.encoder.split_controls(tail) if isinstance(tail, str) else []
+        end = next((piece for piece in pieces if isinstance(piece, int)), self.encoder.tokenizer.eos_token_id)
         if end is None:
             raise ValueError("include_eos=True, but neither the chat template nor the tokenizer ends a turn")
         return int(end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -69,6 +70,12 @@ class SegmentEncoder:
             parts += [template_text[end : match.start()], self._controls[spelling.group()][0]]
             end = match.end()
         return [part for part in [*parts, template_text[end:]] if part != ""]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's vocabulary, merges, added tokens and rules, hexadecimal."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a sequence of tokens, control tokens included, as it was before it was encoded."""
