@@ -35,7 +35,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) 
 
     `out[t] = log_softmax(logits[rows[t]])[targets[t]]`, for targets `[T]` and rows `[T]`.
     """
-    if _is_plain(logits):
+    if _is_plain("logits", logits):
         return _token_logprobs(logits, targets, rows)
     return torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows)
 
@@ -46,7 +46,7 @@ def response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor 
     Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end
     with T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
     """
-    if _is_plain(logits):
+    if _is_plain("logits", logits):
         return _response_nll(logits, targets, offsets, rows)
     return torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows)
 
@@ -63,7 +63,7 @@ def response_nll_difference(
 
     Both logits score the same targets, and have one V and one dtype. Jiang et al., arXiv 2511.07074.
     """
-    if _is_plain(one_shot_logits) and _is_plain(zero_shot_logits):
+    if _is_plain("one_shot_logits", one_shot_logits) and _is_plain("zero_shot_logits", zero_shot_logits):
         return _response_nll_difference(
             one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows
         )
@@ -106,22 +106,27 @@ def build_info() -> dict[str, object]:
     }
 
 
-def _is_plain(logits: object) -> bool:
+def _is_plain(name: str, logits: Tensor) -> bool:
     """Whether a call may go past torch's dispatcher: a real tensor that no tracer, mode or transform looks at."""
-    return (
+    if torch.compiler.is_compiling():
+        return False
+    plain = (
         type(logits) is Tensor
-        and not torch.compiler.is_compiling()
+        and not logits.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not logits.is_meta
+        and torch._C._get_tracing_state() is None
     )
+    if not plain:
+        _check_logits(name, logits)  # what is wrapped in a transform no longer shows that it requires a gradient
+    return plain
 
 
 def _token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
     packed = _pack_logits("logits", logits)
     targets = _indices("targets", targets, logits)
     rows = _rows("rows", rows, targets, logits, packed)
-    out = torch.empty(targets.numel(), dtype=torch.float32, device=logits.device)
+    out = logits.new_empty(targets.numel(), dtype=torch.float32)
     _require_cpu(logits)
     _core.cpu_token_logprobs(
         packed, _address(rows), targets.data_ptr(), targets.numel(), out.data_ptr(), torch.get_num_threads()
@@ -135,7 +140,7 @@ def _response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor
     offsets = _offsets(offsets, logits)
     rows = _rows("rows", rows, targets, logits, packed)
     responses = offsets.numel() - 1
-    out = torch.empty(responses, dtype=torch.float32, device=logits.device)
+    out = logits.new_empty(responses, dtype=torch.float32)
     _require_cpu(logits)
     _core.cpu_response_nll(
         packed,
@@ -172,7 +177,7 @@ def _response_nll_difference(
     one_shot_rows = _rows("one_shot_rows", one_shot_rows, targets, one_shot_logits, one_shot)
     zero_shot_rows = _rows("zero_shot_rows", zero_shot_rows, targets, zero_shot_logits, zero_shot)
     responses = offsets.numel() - 1
-    out = torch.empty(responses, dtype=torch.float32, device=one_shot_logits.device)
+    out = one_shot_logits.new_empty(responses, dtype=torch.float32)
     _require_cpu(one_shot_logits)
     _core.cpu_response_nll_difference(
         one_shot,
@@ -235,15 +240,15 @@ def _check_logits(name: str, logits: Tensor) -> None:
 def _indices(name: str, values: Tensor, logits: Tensor) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an int64 or int32 tensor, not {_kind(values)}")
+    if values.dtype is not torch.int64:
+        if values.dtype is not torch.int32:
+            raise TypeError(f"{name} are {values.dtype}, they must be int64 or int32")
+        values = values.to(torch.int64)
     if values.ndim != 1:
         raise ValueError(f"{name} have shape {tuple(values.shape)}, they must have one dimension")
-    if values.device != logits.device:
+    if not (values.is_cpu and logits.is_cpu) and values.device != logits.device:
         raise ValueError(f"{name} are on {values.device}, they must be on {logits.device}, where the logits are")
-    if values.dtype is torch.int32:
-        values = values.to(torch.int64)
-    elif values.dtype is not torch.int64:
-        raise TypeError(f"{name} are {values.dtype}, they must be int64 or int32")
-    return values.contiguous()
+    return values if values.is_contiguous() else values.contiguous()
 
 
 def _rows(name: str, rows: Tensor | None, targets: Tensor, logits: Tensor, packed: tuple[int, ...]) -> Tensor | None:
@@ -292,7 +297,7 @@ _library = torch.library.Library("miwv_fast", "DEF")
 def _register(schema: str, implementation: object, fake: object) -> None:
     name = schema.split("(")[0]
     _library.define(schema)
-    for key in ("CPU", "CUDA"):
+    for key in ("CPU", "CUDA", "Negative"):  # negative views are refused there, not copied behind the caller's back
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"miwv_fast::{name}", fake, lib=_library)
 
