@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--embedder", help="sentence-transformers folder; default: all-MiniLM-L6-v2")
     parser.add_argument("--oda", type=Path, help="checkout of OpenDataArena/ODA-DataScorer")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--threads", type=int, help="1 keeps CPU times honest on a machine that does other work too")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -92,6 +93,7 @@ def run(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", way, "--folder", str(arguments.folder)]
     command += ["--model", arguments.model, "--reference", str(arguments.reference)]
     command += ["--oda", str(arguments.oda)] if arguments.oda else []
+    command += ["--threads", str(arguments.threads)] if arguments.threads else []
     print(f"{way} ...", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((arguments.folder / f"{way}.json").read_text())
@@ -99,6 +101,8 @@ def run(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def work(arguments: argparse.Namespace) -> None:
     """Runs one way in this process and writes what it gave and what it cost."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     rows = [json.loads(line) for line in (arguments.folder / "data.jsonl").read_text().splitlines()]
     embeddings = np.load(arguments.folder / "embeddings.npy")
     score = WAY_FUNCTIONS[arguments.worker](rows, embeddings, arguments)
@@ -224,11 +228,12 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         if "ours" in results
     }
     given = " ".join(["--records", str(arguments.records), "--reference", str(arguments.reference)])
+    given += f" --threads {arguments.threads}" if arguments.threads else ""
     return {
         "command": f"python benchmarks/end_to_end.py {given}" + (" --oda CHECKOUT" if arguments.oda else ""),
         "date": date.today().isoformat(),
         "device": processor(),
-        "threads": torch.get_num_threads(),
+        "threads": arguments.threads or torch.get_num_threads(),
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("miwv_fast", "torch", "transformers")
         },

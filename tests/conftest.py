@@ -37,6 +37,10 @@ CORPUS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=int, default=20, help="how many runs are killed at random moments")
+
+
 def _specials(tokenizer: Tokenizer) -> None:
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens([AddedToken("<think>", special=False)])

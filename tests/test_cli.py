@@ -61,6 +61,22 @@ def test_score_and_select(workplace):
     assert chosen == [rows[i] for i in best]
 
 
+def test_status_resume_and_fresh(workplace):
+    first = run(workplace, *SCORE, "again")
+    assert first.returncode == 0, first.stderr
+    done = run(workplace, "status", "again")
+    assert done.returncode == 0 and done.stdout.startswith("finished: ") and "0 records rejected" in done.stdout
+    before = (workplace / "again" / "scores.parquet").read_bytes()
+    assert run(workplace, *SCORE, "again").returncode == 0
+    assert (workplace / "again" / "scores.parquet").read_bytes() == before
+    other = run(workplace, *SCORE, "again", "--template", "plain")
+    assert other.returncode == 2 and "template.name" in other.stderr and "Traceback" not in other.stderr
+    fresh = run(workplace, *SCORE, "again", "--template", "plain", "--fresh")
+    assert fresh.returncode == 0 and "moved the old run to again.old-1" in fresh.stderr
+    missing = run(workplace, "status", "nowhere")
+    assert missing.returncode == 2 and "no run at nowhere" in missing.stderr
+
+
 def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
     text = (workplace / "data.jsonl").read_text().splitlines()
     text[4] = '{"instruction": "a"'

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miwv_fast.forest import MAX_PADDING, plan_batches, plan_units
+from miwv_fast.forest import MAX_PADDING, forwarded_tokens, plan_batches, plan_units
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
@@ -97,6 +97,7 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens):
                 batches += 1
     ideal = length.sum() + np.where(parent >= 0, one - length[parent], one).sum()
     plain = length.sum() + one.sum()
+    assert forwarded == sum(forwarded_tokens(unit, length, one, length, parent) for unit in units)
     assert forwarded <= 1.01 * ideal
     assert forwarded / plain == pytest.approx(0.67, abs=0.01)
     assert padded <= MAX_PADDING * forwarded

@@ -74,6 +74,16 @@ def test_load_from_a_folder(tmp_path):
     assert load_model(str(tmp_path), tokenizer=str(tmp_path)).tokenizer("hi").input_ids == own("hi").input_ids
 
 
+def test_pickled_weights_are_refused(tmp_path):
+    own = byte_level()
+    model = tiny_model("llama", len(own))
+    model.config.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        load_model(tmp_path)
+
+
 def test_unusable_models(tmp_path):
     own = byte_level()
     own.save_pretrained(tmp_path)

@@ -30,6 +30,12 @@ class Unit:
     one_shot: np.ndarray
 
 
+def forwarded_tokens(unit: Unit, zero: np.ndarray, one: np.ndarray, prefix: np.ndarray, parent: np.ndarray) -> int:
+    """The tokens that a unit of `plan_units` forwards, padding not counted."""
+    behind = one[unit.children] - prefix[parent[unit.children]]
+    return int(prefix[unit.roots].sum() + behind.sum() + zero[unit.zero_shot].sum() + one[unit.one_shot].sum())
+
+
 def plan_units(
     zero: np.ndarray,
     one: np.ndarray,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from miwv_fast.errors import Interrupted
-from miwv_fast.forest import plan_units
+from miwv_fast.forest import forwarded_tokens, plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Record, Records, Rejection
@@ -151,8 +151,7 @@ class Job:
             cache_tokens=runner.cache_tokens(),
             unit_tokens=UNIT_BATCHES * runner.batch_tokens,
         )
-        shared = (one > 0) & (parents >= 0)
-        planned = int(zero.sum() + one.sum() - self.prefix_length[parents[shared]].sum())
+        planned = sum(forwarded_tokens(unit, zero, one, self.prefix_length, parents) for unit in units)
         finished = dict(run.parts()) if run is not None else {}
         if run is not None:
             run.save_plan(len(units), planned)

@@ -208,7 +208,8 @@ def load_model(
 ) -> CausalLM:
     """Loads a model by hub name, folder or GGUF file, or takes a loaded `(model, tokenizer)` pair as it is.
 
-    `dtype` auto: float32 on a CPU, the checkpoint's type on a GPU. Raises FileNotFoundError for a missing file,
+    `dtype` auto: float32 on a CPU, the checkpoint's type on a GPU. Weights are read from safetensors or GGUF; code and
+    pickles from a hub or folder are never run, but a pair can be loaded by whatever means. Raises FileNotFoundError for a missing file,
     ValueError for a model or tokenizer that cannot be loaded, with the reason.
     """
     target = choose_device(device)
@@ -230,7 +231,9 @@ def load_model(
     if tokenizer is None or isinstance(tokenizer, str | Path):
         place, options = (folder, extra) if tokenizer is None else _locate(tokenizer)
         tokenizer = _load(AutoTokenizer, "tokenizer", place, options)
-    loaded = _load(AutoModelForCausalLM, "model", folder, {**extra, "dtype": chosen})
+    # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
+    safe = extra or {"use_safetensors": True}
+    loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen})
     return CausalLM(loaded.to(target), tokenizer, str(model))
 
 
