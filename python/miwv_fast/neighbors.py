@@ -43,13 +43,7 @@ def embed(texts: Sequence[str], wanted: np.ndarray, embedder: Embedder, device: 
     to the byte. Raises ValueError if the embedder's result is not one row per text, or it cannot be loaded.
     """
     if isinstance(embedder, np.ndarray | torch.Tensor):
-        array = np.asarray(embedder.detach().float().cpu() if isinstance(embedder, torch.Tensor) else embedder)
-        if array.ndim != 2 or len(array) != len(texts) or not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(
-                f"an embedding array has a row of floats for every input record: expected [{len(texts)}, D], "
-                f"got {list(array.shape)} of {array.dtype}"
-            )
-        return array.astype(np.float32, copy=False)
+        return check_embeddings(embedder, len(texts))
     first: dict[str, int] = {}
     place = np.array([first.setdefault(texts[i], len(first)) for i in np.flatnonzero(wanted)], np.int64)
     unique = list(first)
@@ -60,6 +54,17 @@ def embed(texts: Sequence[str], wanted: np.ndarray, embedder: Embedder, device: 
     embeddings = np.zeros((len(texts), rows.shape[1]), np.float32)
     embeddings[wanted] = rows[place]
     return embeddings
+
+
+def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:
+    """The embeddings as float32 [N, D]; ValueError unless there is a row of floats for every input record."""
+    array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
+    if array.ndim != 2 or len(array) != records or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"an embedding array has a row of floats for every input record: expected [{records}, D], "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
+    return array.astype(np.float32, copy=False)
 
 
 def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str, progress: Progress) -> Neighbors:

@@ -19,7 +19,7 @@ from miwv_fast import ops
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
 from miwv_fast.model import CausalLM, choose_device, choose_dtype, load_model
-from miwv_fast.neighbors import DEFAULT_EMBEDDER, Embedder, embed, nearest
+from miwv_fast.neighbors import DEFAULT_EMBEDDER, Embedder, check_embeddings, embed, nearest
 from miwv_fast.progress import Progress
 from miwv_fast.records import read_records
 from miwv_fast.runner import Runner
@@ -118,6 +118,11 @@ def score(
     }
     job = Job.start(records, layout, limit, neighbors)
     runner = Runner(lm, tokens)
+    # Nothing is written for data that cannot be scored.
+    job.measure_zero_shot(bars)
+    job.require_two(source)
+    if isinstance(embedder, np.ndarray | torch.Tensor):
+        embedder = check_embeddings(embedder, len(records))
     if output is None:
         _score(job, source, embedder, runner, share_prefix, bars, None)
         return Scores(job.table(), manifest, source, job.stats)
@@ -134,8 +139,6 @@ def _score(
 ) -> None:
     """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk."""
     device = str(runner.lm.device)
-    job.measure_zero_shot(bars)
-    job.require_two(source)
     if run is not None:
         run.save_source(source)
         run.save_rejections(job.rejections)
