@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_PADDING = 0.02
+# What a batch costs beside its tokens, in tokens. Measured on two CPU cores with a model of 135M parameters: a pass of
+# 200 tokens takes 10 % longer per token than one of 400. On a GPU it is the time to read the weights once.
+BATCH_OVERHEAD = 16
+GPU_BATCH_OVERHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -104,21 +107,24 @@ def _plan_trees(
         yield unit()
 
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int, max_padding: float = MAX_PADDING) -> Iterator[np.ndarray]:
+def plan_batches(lengths: np.ndarray, batch_tokens: int, overhead: int = BATCH_OVERHEAD) -> Iterator[np.ndarray]:
     """Places of sequences of like length, int64, batch by batch, longest first so that memory is asked for early.
 
-    A batch ends where its padded size, its longest sequence times its sequences, would pass `batch_tokens`, or where
-    more than `max_padding` of it would be padding; it holds at least one sequence.
+    A batch costs its padded size, its longest sequence times its sequences, and `overhead` tokens for being a batch;
+    the cuts that cost least in all are found by dynamic programming. The padded size is at most `batch_tokens`; a
+    sequence longer than that is a batch by itself.
     """
     order = np.argsort(-lengths, kind="stable")
+    longest = lengths[order].astype(np.int64)
+    n = len(order)
+    cost = np.zeros(n + 1, np.int64)  # of the sequences from this one on
+    count = np.zeros(n, np.int64)  # of the first batch among them
+    for begin in range(n - 1, -1, -1):
+        most = max(1, min(n - begin, batch_tokens // max(1, int(longest[begin]))))
+        choices = longest[begin] * np.arange(1, most + 1) + overhead + cost[begin + 1 : begin + most + 1]
+        count[begin] = choices.argmin() + 1
+        cost[begin] = choices.min()
     begin = 0
-    while begin < len(order):
-        longest = int(lengths[order[begin]])
-        count = max(1, batch_tokens // max(1, longest))
-        inside = lengths[order[begin : begin + count]]
-        filled = np.cumsum(inside) / (longest * np.arange(1, len(inside) + 1))
-        # The share of padding may fall again further on; the batch ends where it first passes the limit.
-        over = np.flatnonzero(filled < 1 - max_padding)
-        count = int(over[0]) if len(over) else len(inside)
-        yield order[begin : begin + count]
-        begin += count
+    while begin < n:
+        yield order[begin : begin + count[begin]]
+        begin += int(count[begin])

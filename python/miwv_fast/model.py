@@ -209,8 +209,8 @@ def load_model(
     """Loads a model by hub name, folder or GGUF file, or takes a loaded `(model, tokenizer)` pair as it is.
 
     `dtype` auto: float32 on a CPU, the checkpoint's type on a GPU. Weights are read from safetensors or GGUF; code and
-    pickles from a hub or folder are never run, but a pair can be loaded by whatever means. Raises FileNotFoundError for a missing file,
-    ValueError for a model or tokenizer that cannot be loaded, with the reason.
+    pickles from a hub or folder are never run, but a pair can be loaded by whatever means. Raises FileNotFoundError
+    for a missing file, ValueError for a model or tokenizer that cannot be loaded, with the reason.
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from miwv_fast.forest import Unit, plan_batches
+from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, Unit, plan_batches
 from miwv_fast.model import CausalLM, Prefixes
 from miwv_fast.templates import TokenSequence
 
@@ -53,6 +53,7 @@ class Runner:
     def __init__(self, lm: CausalLM, batch_tokens: int) -> None:
         self.lm = lm
         self.batch_tokens = batch_tokens
+        self._overhead = GPU_BATCH_OVERHEAD if lm.device.type == "cuda" else BATCH_OVERHEAD
         self._forwarded = self._padded = 0
 
     def cache_tokens(self) -> int:
@@ -136,7 +137,7 @@ class Runner:
         left = np.arange(len(sequences))
         done: list[tuple[np.ndarray, torch.Tensor]] = []
         while len(left):
-            for batch in plan_batches(lengths[left], self.batch_tokens):
+            for batch in plan_batches(lengths[left], self.batch_tokens, self._overhead):
                 places = left[batch]
                 try:
                     nll = run([sequences[place] for place in places], places)
