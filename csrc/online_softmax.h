@@ -11,11 +11,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define MIWV_HOST_DEVICE __host__ __device__
-#else
-#define MIWV_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace miwv {
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace miwv {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -20,7 +22,7 @@ struct Logits {
   int64_t rows_per_batch;
   int64_t batch_stride;
 
-  int64_t row_offset(int64_t row) const {
+  MIWV_HOST_DEVICE int64_t row_offset(int64_t row) const {
     return (row / rows_per_batch) * batch_stride + (row % rows_per_batch) * row_stride;
   }
 };

@@ -1,0 +1,347 @@
+// log p(target) of logits rows and its means over responses, from one read of the logits.
+//
+//   log p(t | x) = x[t] - m - log(sum_v exp(x[v] - m)),  m = max_v x[v]
+//
+// Streaming softmax (Milakov and Gimelshein, arXiv 1805.02867) with one exponential per element; 2 or 4 bytes and about
+// 6 instructions per element, 8 where a row does not start on 16 bytes. For means, 8 bytes of scratch memory per token
+// and logits.
+//
+// How a row is summed depends on its length alone, never on its address, on the other rows, or on how many blocks work
+// on it, and so do the bits of the result:
+//   - Which thread adds which element goes by the element's index. The first vector (16 bytes), the last whole one and
+//     what follows are peeled; the vectors between them, the body, can be had from aligned loads that stay inside the
+//     row wherever it starts.
+//   - The body is divided into slices. In each, every warp of a block makes one partial sum; a row's partial sums are
+//     put together in their order. One block does all slices of a row, or one block each does one.
+//   - Nothing is fused into an FMA that is not written as one (the file is compiled with -fmad=false).
+#include "rows_cuda.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "../check.h"
+#include "streaming.cuh"
+
+namespace miwv::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kWarps = kThreads / 32;
+constexpr uint32_t kTile = kThreads * kLoads;
+constexpr uint32_t kMaxSlices = 64;
+constexpr uint32_t kOneWarpVectors = 512;  // a body up to this long is left to one warp, and a block does kWarps rows
+constexpr int kReduceThreads = 128;
+
+// Blocks per multiprocessor that registers must leave room for: 64 KB of loads in flight there.
+constexpr int min_blocks(uint32_t group) {
+  return group == kThreads ? 4 : 3;
+}
+
+// ---- Parameters
+
+struct SweepParams {
+  Logits logits[2];        // [0] alone, or one-shot and zero-shot: a side each
+  const int64_t* rows[2];  // or null
+  const int64_t* targets;
+  int64_t num_tokens;
+  uint32_t body;  // vectors in it
+  uint32_t slices;
+  uint32_t slice_vectors;
+  float* out;               // [num_tokens], or null and
+  double* logprobs;         // [sides][num_tokens]
+  OnlineSoftmax* partials;  // [sides][num_tokens][slices * kWarps] where rows are split, otherwise null
+};
+
+struct ReduceParams {
+  const double* plus;  // [num_tokens] or null
+  const double* minus;
+  int64_t num_tokens;
+  const int64_t* offsets;
+  float* out;
+};
+
+// ---- Where things are
+
+template <class D>
+struct Target {
+  const typename D::Raw* row;  // null where the row or the target does not exist
+  int64_t index;
+};
+
+template <class D>
+__device__ __forceinline__ Target<D> locate(const SweepParams& p, int side, int64_t token) {
+  // Selected, not indexed: an index that is only known at run time would put the parameters into local memory.
+  const Logits logits = side == 0 ? p.logits[0] : p.logits[1];
+  const int64_t* const rows = side == 0 ? p.rows[0] : p.rows[1];
+  const int64_t row = rows ? rows[token] : token;
+  const int64_t index = p.targets[token];
+  if (row < 0 || row >= logits.num_rows || index < 0 || index >= logits.vocab) return {nullptr, 0};
+  const int64_t offset = logits.num_rows == logits.rows_per_batch ? row * logits.row_stride : logits.row_offset(row);
+  return {static_cast<const typename D::Raw*>(logits.data) + offset, index};
+}
+
+// ---- Kernels
+
+// Of a row that a block does alone.
+__device__ __forceinline__ OnlineSoftmax* block_partials() {
+  __shared__ OnlineSoftmax shared_partials[kMaxSlices * kWarps];
+  return shared_partials;
+}
+
+__device__ __forceinline__ void write_logprob(const SweepParams& p, int side, int64_t token, double logprob) {
+  if (p.out)
+    p.out[token] = static_cast<float>(logprob);
+  else
+    p.logprobs[side * p.num_tokens + token] = logprob;
+}
+
+// kGroup threads do a row: a warp, or a block. blockIdx is (row or rows, slice where rows are split, side).
+template <class D, uint32_t kGroup>
+__global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __grid_constant__ SweepParams p) {
+  using Raw = typename D::Raw;
+  constexpr uint32_t kPerVector = 16 / sizeof(Raw);
+  static_assert(kGroup >= 3 * kPerVector - 1, "one thread for each peeled element");
+
+  const uint32_t t = threadIdx.x % kGroup, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int side = blockIdx.z;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  if (token >= p.num_tokens) return;
+  const Target<D> target = locate<D>(p, side, token);
+  if (!target.row) {  // for all threads of the group alike
+    if (t == 0 && !p.partials) write_logprob(p, side, token, NAN);
+    return;
+  }
+
+  // The scalar loads go first, and wait unconverted until the vectors are done.
+  Raw target_raw{}, peeled_raw{};
+  if (t == 0 && !p.partials) target_raw = load_one(target.row + target.index);
+  const uint32_t vocab = static_cast<uint32_t>(p.logits[0].vocab);
+  const uint32_t peeled = vocab - p.body * kPerVector;
+  const bool has_peeled = t < peeled && blockIdx.y + 1 == gridDim.y;  // they go with the last slice
+  if (has_peeled) peeled_raw = load_one(target.row + (t < kPerVector ? t : vocab - peeled + t));
+
+  const uintptr_t start = reinterpret_cast<uintptr_t>(target.row + kPerVector);
+  const uint32_t past = start % 16;
+  const Vec16* const aligned = reinterpret_cast<const Vec16*>(start - past);
+  OnlineSoftmax acc;
+  for (uint32_t slice = blockIdx.y; slice < p.slices; slice += gridDim.y) {
+    acc = OnlineSoftmax();
+    const uint32_t begin = slice * p.slice_vectors, end = min(begin + p.slice_vectors, p.body);
+    if (past == 0)
+      add_share<D, kGroup, true>(acc, aligned, begin + t, end, 0);
+    else
+      add_share<D, kGroup, false>(acc, aligned, begin + t, end, past);
+    if (has_peeled && slice + 1 == p.slices) {
+      hold(peeled_raw);
+      add_logit(acc, D::from_raw(peeled_raw));
+    }
+    acc = warp_combine(acc);
+    if constexpr (kGroup == kThreads) {
+      if (lane == 0) {
+        if (p.partials)
+          p.partials[((side * p.num_tokens + token) * p.slices + slice) * kWarps + warp] = acc;
+        else
+          block_partials()[slice * kWarps + warp] = acc;
+      }
+    }
+  }
+
+  if constexpr (kGroup == kThreads) {
+    if (p.partials) return;
+    __syncthreads();
+    if (warp != 0) return;
+    acc = combine_partials(block_partials(), p.slices * kWarps);
+  }
+  if (t == 0) {
+    hold(target_raw);
+    write_logprob(p, side, token, log_probability(acc, D::from_raw(target_raw)));
+  }
+}
+
+// The end of rows that were split: a warp does a row. blockIdx is (rows, 0, side).
+template <class D>
+__global__ void __launch_bounds__(kThreads) combine_rows(const __grid_constant__ SweepParams p) {
+  using Raw = typename D::Raw;
+  const int side = blockIdx.z;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (token >= p.num_tokens) return;
+  const Target<D> target = locate<D>(p, side, token);
+  const bool first = threadIdx.x % 32 == 0;
+  if (!target.row) {
+    if (first) write_logprob(p, side, token, NAN);
+    return;
+  }
+  Raw target_raw{};
+  if (first) target_raw = load_one(target.row + target.index);
+  const uint32_t count = p.slices * kWarps;
+  const OnlineSoftmax row = combine_partials(p.partials + (side * p.num_tokens + token) * count, count);
+  if (first) write_logprob(p, side, token, log_probability(row, D::from_raw(target_raw)));
+}
+
+// The mean of plus - minus over the tokens of a response; a block does a response.
+__global__ void __launch_bounds__(kReduceThreads) reduce_responses(const __grid_constant__ ReduceParams p) {
+  __shared__ double shared_sums[kReduceThreads / 32];
+  const int64_t begin = p.offsets[blockIdx.x], end = p.offsets[blockIdx.x + 1];
+  const bool usable = 0 <= begin && begin < end && end <= p.num_tokens;
+  double sum = 0;
+  if (usable)
+    for (int64_t t = begin + threadIdx.x; t < end; t += kReduceThreads) sum += (p.plus ? p.plus[t] : 0) - p.minus[t];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) shared_sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < kReduceThreads / 32; ++warp) sum += shared_sums[warp];
+  p.out[blockIdx.x] = usable ? static_cast<float>(sum / static_cast<double>(end - begin)) : NAN;
+}
+
+// ---- Launches
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+template <class Params>
+void start(void (*kernel)(Params), dim3 grid, int threads, const Launch& launch, const Params& params) {
+#if defined(MIWV_EMULATION)
+  (void)launch;
+  emulation::run(grid, threads, [&] { kernel(params); });
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  check(cudaLaunchKernelEx(&config, kernel, params));
+#endif
+}
+
+template <class Work>
+void with_dtype(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return work(Float32{});
+    case DType::kBFloat16:
+      return work(BFloat16{});
+    case DType::kFloat16:
+      return work(Float16{});
+  }
+  MIWV_ASSERT(false);
+}
+
+// How a row is divided: by its length and type alone.
+void divide(SweepParams& p, const Logits& logits) {
+  const int64_t per_vector = logits.dtype == DType::kFloat32 ? 4 : 8;
+  p.body = static_cast<uint32_t>(std::max<int64_t>(0, logits.vocab / per_vector - 2));
+  const uint32_t tiles = (p.body + kTile * kMaxSlices - 1) / (kTile * kMaxSlices);
+  p.slice_vectors = kTile * std::max(2u, tiles);
+  p.slices = std::max(1u, (p.body + p.slice_vectors - 1) / p.slice_vectors);
+}
+
+// Few rows leave multiprocessors idle unless several blocks share a row; many rows need no second launch.
+bool is_split(const SweepParams& p, int sides, int device, Split split) {
+  if (p.slices == 1) return false;
+  if (split != Split::kFewRows) return split == Split::kAlways;
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return p.num_tokens * sides < 2 * multiprocessors;
+}
+
+// The means of responses need the log-probabilities of all tokens in scratch memory, before the partial sums.
+int64_t logprob_bytes(int64_t num_tokens, int sides) {
+  return num_tokens * sides * static_cast<int64_t>(sizeof(double));
+}
+
+void check_sizes(const Logits& logits, int64_t num_tokens) {
+  MIWV_CHECK(logits.vocab >= 1 && logits.vocab < INT_MAX, "logits have V = ", logits.vocab,
+             ", it must be at least 1 and less than 2^31 - 1 on CUDA");
+  MIWV_CHECK(num_tokens < INT_MAX, "targets have ", num_tokens, " entries, on CUDA they must have less than 2^31 - 1");
+}
+
+// Fills in how and where, and launches what gives p.out or p.logprobs.
+void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
+  if (p.num_tokens == 0) return;
+  divide(p, p.logits[0]);
+  char* scratch = static_cast<char*>(launch.scratch);
+  if (!p.out) {
+    p.logprobs = reinterpret_cast<double*>(scratch);
+    scratch += logprob_bytes(p.num_tokens, sides);
+  }
+  const bool split = is_split(p, sides, launch.device, launch.split);
+  if (split) p.partials = reinterpret_cast<OnlineSoftmax*>(scratch);
+  const unsigned tokens = static_cast<unsigned>(p.num_tokens), eighth = (tokens + kWarps - 1) / kWarps;
+  with_dtype(p.logits[0].dtype, [&](auto d) {
+    using D = decltype(d);
+    if (p.body <= kOneWarpVectors)
+      start(&sweep<D, 32>, dim3(eighth, 1, sides), kThreads, launch, p);
+    else
+      start(&sweep<D, kThreads>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
+    if (split) start(&combine_rows<D>, dim3(eighth, 1, sides), kThreads, launch, p);
+  });
+}
+
+void reduce(const ReduceParams& p, int64_t num_responses, const Launch& launch) {
+  MIWV_CHECK(num_responses < INT_MAX, "offsets are for ", num_responses,
+             " responses, on CUDA there must be less than 2^31 - 1");
+  if (num_responses == 0) return;
+  start(&reduce_responses, dim3(static_cast<unsigned>(num_responses)), kReduceThreads, launch, p);
+}
+
+// torch has made the device current in its own copy of the CUDA runtime; this makes sure of ours.
+void use_device(const Launch& launch) {
+  check(cudaSetDevice(launch.device));
+}
+
+}  // namespace
+
+int64_t scratch_bytes(const Logits& logits, int64_t num_tokens, int sides, bool per_response, int device, Split split) {
+  SweepParams p{};
+  p.num_tokens = num_tokens;
+  check_sizes(logits, num_tokens);
+  divide(p, logits);
+  int64_t bytes = per_response ? logprob_bytes(num_tokens, sides) : 0;
+  if (is_split(p, sides, device, split))
+    bytes += num_tokens * sides * p.slices * kWarps * static_cast<int64_t>(sizeof(OnlineSoftmax));
+  return bytes;
+}
+
+void token_logprobs(const TokenParams& a, const Launch& launch) {
+  check_sizes(a.logits, a.num_tokens);
+  use_device(launch);
+  SweepParams p{};
+  p.logits[0] = a.logits;
+  p.rows[0] = a.rows;
+  p.targets = a.targets;
+  p.num_tokens = a.num_tokens;
+  p.out = a.out;
+  sweep_rows(p, 1, launch);
+}
+
+void response_nll(const ResponseParams& a, const Launch& launch) {
+  check_sizes(a.logits, a.num_tokens);
+  use_device(launch);
+  SweepParams p{};
+  p.logits[0] = a.logits;
+  p.rows[0] = a.rows;
+  p.targets = a.targets;
+  p.num_tokens = a.num_tokens;
+  sweep_rows(p, 1, launch);
+  reduce({nullptr, p.logprobs, a.num_tokens, a.offsets, a.out}, a.num_responses, launch);
+}
+
+void response_nll_difference(const DifferenceParams& a, const Launch& launch) {
+  check_sizes(a.one_shot, a.num_tokens);
+  use_device(launch);
+  SweepParams p{};
+  p.logits[0] = a.one_shot;
+  p.logits[1] = a.zero_shot;
+  p.rows[0] = a.one_shot_rows;
+  p.rows[1] = a.zero_shot_rows;
+  p.targets = a.targets;
+  p.num_tokens = a.num_tokens;
+  sweep_rows(p, 2, launch);
+  reduce({p.logprobs + a.num_tokens, p.logprobs, a.num_tokens, a.offsets, a.out}, a.num_responses, launch);
+}
+
+}  // namespace miwv::cuda
