@@ -6,6 +6,9 @@
 #include "cpu/row_kernels.h"
 #include "cpu/rows_cpu.h"
 #include "rows.h"
+#ifdef MIWV_HAVE_CUDA
+#include "cuda/rows_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -72,6 +75,60 @@ double cpu_read(uintptr_t data, int64_t bytes) {
   return miwv::cpu::row_kernels().read(pointer<const void>(data), bytes);
 }
 
+#ifdef MIWV_HAVE_CUDA
+// (device, stream, scratch, split) as ops.py packs it.
+miwv::cuda::Launch unpack_launch(const py::tuple& t) {
+  return {t[0].cast<int>(), pointer<void>(t[1].cast<uintptr_t>()), pointer<void>(t[2].cast<uintptr_t>()),
+          static_cast<miwv::cuda::Split>(t[3].cast<int>())};
+}
+
+int64_t cuda_scratch_bytes(const py::tuple& logits, int64_t num_tokens, int sides, bool per_response, int device,
+                           int split) {
+  return miwv::cuda::scratch_bytes(unpack_logits(logits), num_tokens, sides, per_response, device,
+                                   static_cast<miwv::cuda::Split>(split));
+}
+
+void cuda_token_logprobs(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, uintptr_t out,
+                         const py::tuple& launch) {
+  const miwv::TokenParams params{unpack_logits(logits), pointer<const int64_t>(rows), pointer<const int64_t>(targets),
+                                 num_tokens, pointer<float>(out)};
+  const miwv::cuda::Launch where = unpack_launch(launch);
+  py::gil_scoped_release release;
+  miwv::cuda::token_logprobs(params, where);
+}
+
+void cuda_response_nll(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens,
+                       uintptr_t offsets, int64_t num_responses, uintptr_t out, const py::tuple& launch) {
+  const miwv::ResponseParams params{unpack_logits(logits),
+                                    pointer<const int64_t>(rows),
+                                    pointer<const int64_t>(targets),
+                                    num_tokens,
+                                    pointer<const int64_t>(offsets),
+                                    num_responses,
+                                    pointer<float>(out)};
+  const miwv::cuda::Launch where = unpack_launch(launch);
+  py::gil_scoped_release release;
+  miwv::cuda::response_nll(params, where);
+}
+
+void cuda_response_nll_difference(const py::tuple& one_shot, const py::tuple& zero_shot, uintptr_t one_shot_rows,
+                                  uintptr_t zero_shot_rows, uintptr_t targets, int64_t num_tokens, uintptr_t offsets,
+                                  int64_t num_responses, uintptr_t out, const py::tuple& launch) {
+  const miwv::DifferenceParams params{unpack_logits(one_shot),
+                                      unpack_logits(zero_shot),
+                                      pointer<const int64_t>(one_shot_rows),
+                                      pointer<const int64_t>(zero_shot_rows),
+                                      pointer<const int64_t>(targets),
+                                      num_tokens,
+                                      pointer<const int64_t>(offsets),
+                                      num_responses,
+                                      pointer<float>(out)};
+  const miwv::cuda::Launch where = unpack_launch(launch);
+  py::gil_scoped_release release;
+  miwv::cuda::response_nll_difference(params, where);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
@@ -89,4 +146,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("cpu_token_logprobs", &cpu_token_logprobs);
   m.def("cpu_response_nll", &cpu_response_nll);
   m.def("cpu_response_nll_difference", &cpu_response_nll_difference);
+#ifdef MIWV_HAVE_CUDA
+  m.def("cuda_scratch_bytes", &cuda_scratch_bytes);
+  m.def("cuda_token_logprobs", &cuda_token_logprobs);
+  m.def("cuda_response_nll", &cuda_response_nll);
+  m.def("cuda_response_nll_difference", &cuda_response_nll_difference);
+#endif
 }

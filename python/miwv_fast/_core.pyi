@@ -35,3 +35,35 @@ def cpu_response_nll_difference(
     out: int,
     num_threads: int,
 ) -> None: ...
+
+# Where has_cuda. The last argument: device, stream, scratch, split (1 always, 0 never, -1 where there are few rows).
+_Launch = tuple[int, int, int, int]
+
+def cuda_scratch_bytes(
+    logits: _Logits, num_tokens: int, sides: int, per_response: bool, device: int, split: int
+) -> int: ...
+def cuda_token_logprobs(
+    logits: _Logits, rows: int, targets: int, num_tokens: int, out: int, launch: _Launch
+) -> None: ...
+def cuda_response_nll(
+    logits: _Logits,
+    rows: int,
+    targets: int,
+    num_tokens: int,
+    offsets: int,
+    num_responses: int,
+    out: int,
+    launch: _Launch,
+) -> None: ...
+def cuda_response_nll_difference(
+    one_shot: _Logits,
+    zero_shot: _Logits,
+    one_shot_rows: int,
+    zero_shot_rows: int,
+    targets: int,
+    num_tokens: int,
+    offsets: int,
+    num_responses: int,
+    out: int,
+    launch: _Launch,
+) -> None: ...

@@ -11,13 +11,18 @@ Common to all of them:
 - targets, rows and offsets are one-dimensional int64 or int32 tensors on the same device. `rows[t]` is the row that
   predicts `targets[t]`; without `rows`, row t does.
 - `TypeError` or `ValueError` names the argument, its value, and what would have been right; on the CPU this includes a
-  target outside `[0, V)` and a row that doesn't exist.
+  target outside `[0, V)`, a row that doesn't exist, and offsets that fall.
+- On CUDA, calls go to the current stream and return at once; they can be captured in a CUDA graph. So what is only in
+  the data cannot raise: a bad target or row makes its token and its response NaN, bad offsets their response.
+  `check=True` waits for the device and raises the same errors as on the CPU, where it changes nothing.
 - As in `torch.log_softmax`, a -inf logit is a legal zero probability, and NaN or +inf in a row, or nothing but -inf,
   makes its log-probability NaN. A response that has such a row, or no token at all, is NaN, and no other.
 - The result depends on the rows and V alone, to the bit: not on strides, alignment, threads, or the rest of the batch.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,26 +34,32 @@ __all__ = ["build_info", "response_nll", "response_nll_difference", "rows_from_l
 # The numbers are DType in csrc/rows.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# Whether several blocks of a GPU share a row: 1 always, 0 never, -1 where there are few rows. Only time depends on it;
+# tests and benchmarks change it.
+_cuda_split = -1
 
-def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+
+def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
     """Log-probability in nats of each target token, float32 `[T]`.
 
     `out[t] = log_softmax(logits[rows[t]])[targets[t]]`, for targets `[T]` and rows `[T]`.
     """
     if _is_plain("logits", logits):
-        return _token_logprobs(logits, targets, rows)
-    return torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows)
+        return _token_logprobs(logits, targets, rows, check=check)
+    return torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows, check=check)
 
 
-def response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
+def response_nll(
+    logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None, *, check: bool = False
+) -> Tensor:
     """Mean negative log-likelihood in nats of each response, float32 `[B]`.
 
     Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end
     with T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
     """
     if _is_plain("logits", logits):
-        return _response_nll(logits, targets, offsets, rows)
-    return torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows)
+        return _response_nll(logits, targets, offsets, rows, check=check)
+    return torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows, check=check)
 
 
 def response_nll_difference(
@@ -58,6 +69,8 @@ def response_nll_difference(
     offsets: Tensor,
     one_shot_rows: Tensor | None = None,
     zero_shot_rows: Tensor | None = None,
+    *,
+    check: bool = False,
 ) -> Tensor:
     """One-shot minus zero-shot mean negative log-likelihood in nats of each response, float32 `[B]`: the MIWV.
 
@@ -65,10 +78,10 @@ def response_nll_difference(
     """
     if _is_plain("one_shot_logits", one_shot_logits) and _is_plain("zero_shot_logits", zero_shot_logits):
         return _response_nll_difference(
-            one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows
+            one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows, check=check
         )
     return torch.ops.miwv_fast.response_nll_difference.default(
-        one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows
+        one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows, check=check
     )
 
 
@@ -122,36 +135,36 @@ def _is_plain(name: str, logits: Tensor) -> bool:
     return plain
 
 
-def _token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+def _token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
     packed = _pack_logits("logits", logits)
     targets = _indices("targets", targets, logits)
     rows = _rows("rows", rows, targets, logits, packed)
+    _require_kernels(logits)
+    if check and logits.is_cuda:
+        _check_rows("rows", rows, packed)
+        _check_range("targets", targets, packed[3], "the vocabulary of the logits")
     out = logits.new_empty(targets.numel(), dtype=torch.float32)
-    _require_cpu(logits)
-    _core.cpu_token_logprobs(
-        packed, _address(rows), targets.data_ptr(), targets.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    arguments = (packed, _address(rows), targets.data_ptr(), targets.numel(), out.data_ptr())
+    _run("token_logprobs", arguments, logits, packed, targets.numel(), sides=1, per_response=False)
     return out
 
 
-def _response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
+def _response_nll(
+    logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None, *, check: bool = False
+) -> Tensor:
     packed = _pack_logits("logits", logits)
     targets = _indices("targets", targets, logits)
     offsets = _offsets(offsets, logits)
     rows = _rows("rows", rows, targets, logits, packed)
-    responses = offsets.numel() - 1
-    out = logits.new_empty(responses, dtype=torch.float32)
-    _require_cpu(logits)
-    _core.cpu_response_nll(
-        packed,
-        _address(rows),
-        targets.data_ptr(),
-        targets.numel(),
-        offsets.data_ptr(),
-        responses,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _require_kernels(logits)
+    if check and logits.is_cuda:
+        _check_rows("rows", rows, packed)
+        _check_range("targets", targets, packed[3], "the vocabulary of the logits")
+        _check_offsets(offsets, targets)
+    out = logits.new_empty(offsets.numel() - 1, dtype=torch.float32)
+    responses = (targets.data_ptr(), targets.numel(), offsets.data_ptr(), out.numel(), out.data_ptr())
+    arguments = (packed, _address(rows), *responses)
+    _run("response_nll", arguments, logits, packed, targets.numel(), sides=1, per_response=True)
     return out
 
 
@@ -162,6 +175,8 @@ def _response_nll_difference(
     offsets: Tensor,
     one_shot_rows: Tensor | None = None,
     zero_shot_rows: Tensor | None = None,
+    *,
+    check: bool = False,
 ) -> Tensor:
     one_shot = _pack_logits("one_shot_logits", one_shot_logits)
     zero_shot = _pack_logits("zero_shot_logits", zero_shot_logits)
@@ -176,22 +191,39 @@ def _response_nll_difference(
     offsets = _offsets(offsets, one_shot_logits)
     one_shot_rows = _rows("one_shot_rows", one_shot_rows, targets, one_shot_logits, one_shot)
     zero_shot_rows = _rows("zero_shot_rows", zero_shot_rows, targets, zero_shot_logits, zero_shot)
-    responses = offsets.numel() - 1
-    out = one_shot_logits.new_empty(responses, dtype=torch.float32)
-    _require_cpu(one_shot_logits)
-    _core.cpu_response_nll_difference(
-        one_shot,
-        zero_shot,
-        _address(one_shot_rows),
-        _address(zero_shot_rows),
-        targets.data_ptr(),
-        targets.numel(),
-        offsets.data_ptr(),
-        responses,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _require_kernels(one_shot_logits)
+    if check and one_shot_logits.is_cuda:
+        _check_rows("one_shot_rows", one_shot_rows, one_shot)
+        _check_rows("zero_shot_rows", zero_shot_rows, zero_shot)
+        _check_range("targets", targets, one_shot[3], "the vocabulary of the logits")
+        _check_offsets(offsets, targets)
+    out = one_shot_logits.new_empty(offsets.numel() - 1, dtype=torch.float32)
+    responses = (targets.data_ptr(), targets.numel(), offsets.data_ptr(), out.numel(), out.data_ptr())
+    arguments = (one_shot, zero_shot, _address(one_shot_rows), _address(zero_shot_rows), *responses)
+    _run("response_nll_difference", arguments, one_shot_logits, one_shot, targets.numel(), sides=2, per_response=True)
     return out
+
+
+def _run(
+    name: str,
+    arguments: tuple[object, ...],
+    logits: Tensor,
+    packed: tuple[int, ...],
+    num_tokens: int,
+    *,
+    sides: int,
+    per_response: bool,
+) -> None:
+    """Calls the kernel for the device of the logits; on CUDA with scratch memory of torch's, on its current stream."""
+    if logits.is_cpu:
+        getattr(_core, f"cpu_{name}")(*arguments, torch.get_num_threads())
+        return
+    index = logits.device.index
+    with torch.cuda.device(index):
+        size = _core.cuda_scratch_bytes(packed, num_tokens, sides, per_response, index, _cuda_split)
+        scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+        launch = (index, torch.cuda.current_stream(index).cuda_stream, scratch.data_ptr(), _cuda_split)
+        getattr(_core, f"cuda_{name}")(*arguments, launch)
 
 
 def _pack_logits(name: str, logits: Tensor) -> tuple[int, int, int, int, int, int, int]:
@@ -272,8 +304,8 @@ def _offsets(offsets: Tensor, logits: Tensor) -> Tensor:
     return offsets
 
 
-def _require_cpu(logits: Tensor) -> None:
-    if logits.is_cpu:
+def _require_kernels(logits: Tensor) -> None:
+    if logits.is_cpu or (logits.is_cuda and _core.has_cuda):
         return
     if logits.is_cuda:
         raise RuntimeError(
@@ -281,6 +313,34 @@ def _require_cpu(logits: Tensor) -> None:
             "environment variable MIWV_CUDA_WHEELS=1"
         )
     raise ValueError(f"logits are on {logits.device}, they must be on cpu or cuda")
+
+
+# What the CPU kernels check while they run, in the same words, for data on a device that cannot raise.
+
+
+def _check_rows(name: str, rows: Tensor | None, packed: tuple[int, ...]) -> None:
+    if rows is not None:
+        _check_range(name, rows, packed[2], "the rows of the logits")
+
+
+def _check_range(name: str, values: Tensor, end: int, what: str) -> None:
+    bad = ((values < 0) | (values >= end)).nonzero()
+    if bad.numel():
+        first = int(bad[0])
+        raise ValueError(f"{name}[{first}] is {int(values[first])}, outside [0, {end}), {what}")
+
+
+def _check_offsets(offsets: Tensor, targets: Tensor) -> None:
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"offsets[0] is {values[0]}, it must be 0")
+    for b, (begin, end) in enumerate(pairwise(values)):
+        if begin > end:
+            raise ValueError(f"offsets[{b + 1}] is {end}, less than offsets[{b}], which is {begin}")
+    if values[-1] != targets.numel():
+        raise ValueError(
+            f"offsets[{len(values) - 1}] is {values[-1]}, it must be {targets.numel()}, the number of targets"
+        )
 
 
 def _address(values: Tensor | None) -> int:
@@ -302,12 +362,14 @@ def _register(schema: str, implementation: object, fake: object) -> None:
     torch.library.register_fake(f"miwv_fast::{name}", fake, lib=_library)
 
 
-def _fake_token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+def _fake_token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
     _check_logits("logits", logits)
     return logits.new_empty(targets.shape, dtype=torch.float32)
 
 
-def _fake_response_nll(logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
+def _fake_response_nll(
+    logits: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None, *, check: bool = False
+) -> Tensor:
     _check_logits("logits", logits)
     return logits.new_empty((offsets.shape[0] - 1,), dtype=torch.float32)
 
@@ -319,6 +381,8 @@ def _fake_response_nll_difference(
     offsets: Tensor,
     one_shot_rows: Tensor | None = None,
     zero_shot_rows: Tensor | None = None,
+    *,
+    check: bool = False,
 ) -> Tensor:
     _check_logits("one_shot_logits", one_shot_logits)
     _check_logits("zero_shot_logits", zero_shot_logits)
@@ -326,18 +390,18 @@ def _fake_response_nll_difference(
 
 
 _register(
-    "token_logprobs(Tensor logits, Tensor targets, Tensor? rows=None) -> Tensor",
+    "token_logprobs(Tensor logits, Tensor targets, Tensor? rows=None, *, bool check=False) -> Tensor",
     _token_logprobs,
     _fake_token_logprobs,
 )
 _register(
-    "response_nll(Tensor logits, Tensor targets, Tensor offsets, Tensor? rows=None) -> Tensor",
+    "response_nll(Tensor logits, Tensor targets, Tensor offsets, Tensor? rows=None, *, bool check=False) -> Tensor",
     _response_nll,
     _fake_response_nll,
 )
 _register(
     "response_nll_difference(Tensor one_shot_logits, Tensor zero_shot_logits, Tensor targets, Tensor offsets, "
-    "Tensor? one_shot_rows=None, Tensor? zero_shot_rows=None) -> Tensor",
+    "Tensor? one_shot_rows=None, Tensor? zero_shot_rows=None, *, bool check=False) -> Tensor",
     _response_nll_difference,
     _fake_response_nll_difference,
 )
