@@ -1,0 +1,187 @@
+"""The grid of GPU cases: what is timed, how, and what a case says about itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from gpu_peers import Problem, peers, readers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VOCABS = (32000, 50257, 128256, 151936, 262144)
+ROWS = (1, 16, 256, 4096, 16384)
+DENSITIES = (1.0, 0.5, 0.1)
+VIEWS = ("contiguous", "[:, :-1]")
+SPLIT_ROWS = 256  # up to here both ways are timed
+
+
+@dataclass
+class Case:
+    kernel: str  # row, split or difference
+    dtype: str
+    vocab: int
+    rows: int  # of the logits, of both together for a difference; density says how many of them are scored
+    density: float
+    view: str
+    bytes: int = 0  # of the scored rows
+    seconds: float | None = None  # median, L2 cold
+    copy_seconds: float | None = None  # a device copy of as many bytes, which reads and writes them
+    read_seconds: float | None = None  # the fastest read of as many bytes
+    fraction_of_copy: float | None = None  # our bytes per second over those that the copy reads and writes, at most 1
+    fraction_of_read: float | None = None  # our bytes per second over those of the read, at most 1
+    extra_bytes: int | None = None  # peak of torch's memory during a call, less the result
+    automatic: bool = True  # whether ops would choose this kernel here
+    peers: dict[str, float] = field(default_factory=dict)
+    peers_left_out: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bytes = scored(self.rows, self.density) * self.vocab * DTYPES[self.dtype].itemsize
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def scored(rows: int, density: float) -> int:
+    return max(1, round(rows * density))
+
+
+def grid(vocabs: tuple[int, ...] = VOCABS, rows: tuple[int, ...] = ROWS) -> Iterator[Case]:
+    """Ordered by importance within a vocabulary, so that a run cut short has the main cases."""
+    for vocab in vocabs:
+        for density in DENSITIES:
+            for view in VIEWS:
+                for count in sorted(rows, reverse=True):
+                    for kernel in ("row", "split") if count <= SPLIT_ROWS and density == 1 else ("row",):
+                        yield Case(kernel, "bfloat16", vocab, count, density, view)
+        for count in sorted(rows, reverse=True):
+            if count >= SPLIT_ROWS:
+                yield Case("difference", "bfloat16", vocab, count, 1.0, "contiguous")
+        for dtype in ("float32", "float16"):
+            if 4096 in rows:
+                yield Case("row", dtype, vocab, 4096, 1.0, "contiguous")
+
+
+class Timer:
+    """Medians of single calls between events, each after a flush of L2 and a pause in which the host gets ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(max(4 * l2, 2**28), dtype=torch.int8, device=device)
+
+    def __call__(self, function: Callable[[], object], budget: float = 0.15) -> float:
+        for _ in range(2):
+            function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self._measure(function, 2)
+        count = int(min(max(budget / max(time.perf_counter() - start, 1e-6) * 2, 7), 41))
+        return statistics.median(self._measure(function, count))
+
+    def _measure(self, function: Callable[[], object], count: int) -> list[float]:
+        pairs = []
+        for _ in range(count):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()
+            torch.cuda._sleep(200_000)
+            begin.record()
+            function()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
+
+
+def problem_of(case: Case, storage: torch.Tensor, seed: int) -> Problem:
+    """Views of the storage, whose values are random: nothing is generated between cases of a vocabulary."""
+    generator = torch.Generator(storage.device).manual_seed(seed)
+    batch = 1 if case.view == "contiguous" or case.rows < 4 else 4
+    length = case.rows // batch
+    full = storage[: batch * (length + 1) * case.vocab].view(batch, length + 1, case.vocab)
+    targets = torch.randint(case.vocab, (batch * length,), generator=generator, device=storage.device)
+    rows = None
+    if case.density < 1:
+        order = torch.randperm(batch * length, generator=generator, device=storage.device)
+        rows = order[: scored(case.rows, case.density)].sort().values
+    return Problem(full, full[:, :-1], targets, rows)
+
+
+def measure(
+    case: Case, problem: Problem, timer: Timer, with_peers: bool, bounds: dict[int, tuple[float, float]]
+) -> None:
+    """Fills in the case; the result is compared with torch in float32 before anything is timed."""
+    from miwv_fast import _core, ops
+
+    ops._cuda_split = {"row": 0, "split": 1, "difference": -1}[case.kernel]
+    targets = problem.chosen_targets
+    if case.kernel == "difference":
+        half = problem.full.shape[1] // 2
+        one, zero = problem.full[:, :half], problem.full[:, half : 2 * half]
+        targets = problem.targets[:half]
+        offsets = torch.arange(0, half + 64, 64, device=targets.device).clamp(max=half)
+        call = lambda: ops.response_nll_difference(one, zero, targets, offsets)  # noqa: E731
+        check_difference(call(), one, zero, targets, offsets)
+    else:
+        call = lambda: ops.token_logprobs(problem.logits, targets, problem.rows)  # noqa: E731
+        check_logprobs(call(), problem, 1e-4)
+        shape = (0, ops._DTYPES[DTYPES[case.dtype]], case.rows, case.vocab, case.vocab, case.rows, 0)
+        device = problem.full.device.index
+        splits = _core.cuda_scratch_bytes(shape, len(targets), 1, False, device, -1) > 0
+        case.automatic = splits == (case.kernel == "split")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    case.extra_bytes = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+    case.seconds = timer(call)
+    ops._cuda_split = -1
+    if case.bytes not in bounds:
+        source = problem.full.view(-1)[: case.bytes // problem.full.element_size() // 2 * 2]
+        target = torch.empty_like(source)
+        reads = [timer(reader, 0.05) for reader in readers(source).values()]
+        bounds[case.bytes] = timer(lambda: target.copy_(source), 0.05), min(reads)
+    case.copy_seconds, case.read_seconds = bounds[case.bytes]
+    case.fraction_of_copy = min(1.0, case.copy_seconds / 2 / case.seconds)
+    case.fraction_of_read = min(1.0, case.read_seconds / case.seconds)
+    if with_peers and case.kernel != "difference":
+        measure_peers(case, problem, timer)
+
+
+def measure_peers(case: Case, problem: Problem, timer: Timer) -> None:
+    for name, make in peers(problem).items():
+        try:
+            call = make()
+            check_logprobs(call(), problem, 0.2)  # some of them answer in bfloat16
+            case.peers[name] = timer(call, 0.1)
+        except Exception as error:  # whatever a peer raises for a shape, or because it is not there
+            case.peers_left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        torch.cuda.empty_cache()
+
+
+def check_logprobs(result: torch.Tensor, problem: Problem, tolerance: float) -> None:
+    targets = problem.chosen_targets
+    count = min(64, len(targets))
+    chosen = torch.linspace(0, len(targets) - 1, count, device=targets.device).long()
+    expected = _reference(problem.logits, targets[chosen], chosen if problem.rows is None else problem.rows[chosen])
+    error = (result.flatten()[chosen].double() - expected).abs().max().item()
+    if not error <= tolerance:
+        raise AssertionError(f"off by {error} nats")
+
+
+def check_difference(
+    result: torch.Tensor, one: torch.Tensor, zero: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor
+) -> None:
+    last = torch.arange(int(offsets[-2]), int(offsets[-1]), device=targets.device)
+    first = torch.arange(int(offsets[0]), int(offsets[1]), device=targets.device)
+    for response, rows in ((0, first), (len(result) - 1, last)):
+        expected = (_reference(zero, targets[rows], rows) - _reference(one, targets[rows], rows)).mean()
+        if not abs(result[response].item() - expected.item()) <= 1e-4:
+            raise AssertionError(f"response {response} is {result[response].item()}, it should be {expected.item()}")
+
+
+def _reference(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    batch, position = rows // logits.shape[1], rows % logits.shape[1]
+    return logits[batch, position].double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
