@@ -29,9 +29,7 @@ def test_checks_of_device_data_speak_like_the_cpu_kernels(bad: dict[str, list[in
     with pytest.raises(ValueError) as by_kernel:
         ops.response_nll(torch.zeros(5, 7), targets, offsets, rows)
     with pytest.raises(ValueError) as by_check:
-        ops._check_rows("rows", rows, (0, 0, 5, 7))
-        ops._check_range("targets", targets, 7, "the vocabulary of the logits")
-        ops._check_offsets(offsets, targets)
+        ops._check_values(targets, (0, 0, 5, 7), offsets, rows=rows)
     assert str(by_check.value) == str(by_kernel.value)
 
 

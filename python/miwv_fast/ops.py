@@ -141,8 +141,7 @@ def _token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None,
     rows = _rows("rows", rows, targets, logits, packed)
     _require_kernels(logits)
     if check and logits.is_cuda:
-        _check_rows("rows", rows, packed)
-        _check_range("targets", targets, packed[3], "the vocabulary of the logits")
+        _check_values(targets, packed, rows=rows)
     out = logits.new_empty(targets.numel(), dtype=torch.float32)
     arguments = (packed, _address(rows), targets.data_ptr(), targets.numel(), out.data_ptr())
     _run("token_logprobs", arguments, logits, packed, targets.numel(), sides=1, per_response=False)
@@ -158,9 +157,7 @@ def _response_nll(
     rows = _rows("rows", rows, targets, logits, packed)
     _require_kernels(logits)
     if check and logits.is_cuda:
-        _check_rows("rows", rows, packed)
-        _check_range("targets", targets, packed[3], "the vocabulary of the logits")
-        _check_offsets(offsets, targets)
+        _check_values(targets, packed, offsets, rows=rows)
     out = logits.new_empty(offsets.numel() - 1, dtype=torch.float32)
     responses = (targets.data_ptr(), targets.numel(), offsets.data_ptr(), out.numel(), out.data_ptr())
     arguments = (packed, _address(rows), *responses)
@@ -193,10 +190,8 @@ def _response_nll_difference(
     zero_shot_rows = _rows("zero_shot_rows", zero_shot_rows, targets, zero_shot_logits, zero_shot)
     _require_kernels(one_shot_logits)
     if check and one_shot_logits.is_cuda:
-        _check_rows("one_shot_rows", one_shot_rows, one_shot)
-        _check_rows("zero_shot_rows", zero_shot_rows, zero_shot)
-        _check_range("targets", targets, one_shot[3], "the vocabulary of the logits")
-        _check_offsets(offsets, targets)
+        _check_values(targets, one_shot, offsets, one_shot_rows=one_shot_rows)
+        _check_values(targets, zero_shot, zero_shot_rows=zero_shot_rows)
     out = one_shot_logits.new_empty(offsets.numel() - 1, dtype=torch.float32)
     responses = (targets.data_ptr(), targets.numel(), offsets.data_ptr(), out.numel(), out.data_ptr())
     arguments = (one_shot, zero_shot, _address(one_shot_rows), _address(zero_shot_rows), *responses)
@@ -315,32 +310,25 @@ def _require_kernels(logits: Tensor) -> None:
     raise ValueError(f"logits are on {logits.device}, they must be on cpu or cuda")
 
 
-# What the CPU kernels check while they run, in the same words, for data on a device that cannot raise.
-
-
-def _check_rows(name: str, rows: Tensor | None, packed: tuple[int, ...]) -> None:
-    if rows is not None:
-        _check_range(name, rows, packed[2], "the rows of the logits")
-
-
-def _check_range(name: str, values: Tensor, end: int, what: str) -> None:
-    bad = ((values < 0) | (values >= end)).nonzero()
-    if bad.numel():
-        first = int(bad[0])
-        raise ValueError(f"{name}[{first}] is {int(values[first])}, outside [0, {end}), {what}")
-
-
-def _check_offsets(offsets: Tensor, targets: Tensor) -> None:
-    values = offsets.tolist()
-    if values[0] != 0:
-        raise ValueError(f"offsets[0] is {values[0]}, it must be 0")
-    for b, (begin, end) in enumerate(pairwise(values)):
+def _check_values(
+    targets: Tensor, packed: tuple[int, ...], offsets: Tensor | None = None, **rows: Tensor | None
+) -> None:
+    """What the CPU kernels check while they run, in the same words, for data on a device that cannot raise."""
+    limits = [(name, values, packed[2], "the rows of the logits") for name, values in rows.items()]
+    for name, values, end, what in [*limits, ("targets", targets, packed[3], "the vocabulary of the logits")]:
+        if values is not None and len(bad := ((values < 0) | (values >= end)).nonzero()):
+            first = int(bad[0])
+            raise ValueError(f"{name}[{first}] is {int(values[first])}, outside [0, {end}), {what}")
+    if offsets is None:
+        return
+    ends, count = offsets.tolist(), targets.numel()
+    if ends[0] != 0:
+        raise ValueError(f"offsets[0] is {ends[0]}, it must be 0")
+    for b, (begin, end) in enumerate(pairwise(ends)):
         if begin > end:
             raise ValueError(f"offsets[{b + 1}] is {end}, less than offsets[{b}], which is {begin}")
-    if values[-1] != targets.numel():
-        raise ValueError(
-            f"offsets[{len(values) - 1}] is {values[-1]}, it must be {targets.numel()}, the number of targets"
-        )
+    if ends[-1] != count:
+        raise ValueError(f"offsets[{len(ends) - 1}] is {ends[-1]}, it must be {count}, the number of targets")
 
 
 def _address(values: Tensor | None) -> int:
