@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
 
   if constexpr (kGroup == kThreads) {
     if (p.partials) return;
-    __syncthreads();
+    __syncthreads();  // the first warp reads what all have written
     if (warp != 0) return;
     acc = combine_partials(block_partials(), p.slices * kWarps);
   }
@@ -270,14 +270,14 @@ void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
   }
   const bool split = is_split(p, sides, launch.device, launch.split);
   if (split) p.partials = reinterpret_cast<OnlineSoftmax*>(scratch);
-  const unsigned tokens = static_cast<unsigned>(p.num_tokens), eighth = (tokens + kWarps - 1) / kWarps;
+  const unsigned tokens = static_cast<unsigned>(p.num_tokens), by_warps = (tokens + kWarps - 1) / kWarps;
   with_dtype(p.logits[0].dtype, [&](auto d) {
     using D = decltype(d);
     if (p.body <= kOneWarpVectors)
-      start(&sweep<D, 32>, dim3(eighth, 1, sides), kThreads, launch, p);
+      start(&sweep<D, 32>, dim3(by_warps, 1, sides), kThreads, launch, p);
     else
       start(&sweep<D, kThreads>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
-    if (split) start(&combine_rows<D>, dim3(eighth, 1, sides), kThreads, launch, p);
+    if (split) start(&combine_rows<D>, dim3(by_warps, 1, sides), kThreads, launch, p);
   });
 }
 
