@@ -17,7 +17,6 @@ import itertools
 import json
 import lzma
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -111,11 +110,17 @@ def work(arguments: argparse.Namespace) -> None:
     result = {
         "cpu_seconds": time.process_time() - cpu,
         "wall_seconds": time.perf_counter() - wall,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": peak_memory() // 1024,
         "miwv": miwv,
         **tokens,
     }
     (arguments.folder / f"{arguments.worker}.json").write_text(json.dumps(result))
+
+
+def peak_memory() -> int:
+    """KiB; getrusage would count what the parent process had before this one was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def ours(rows, embeddings, arguments, dtype="float32", share_prefix=True):

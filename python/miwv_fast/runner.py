@@ -57,15 +57,8 @@ class Runner:
         self._forwarded = self._padded = 0
 
     def cache_tokens(self) -> int:
-        """How many tokens' keys and values a unit may keep.
-
-        1 GiB on a CPU, a quarter of what the weights leave on a GPU: never what happens to be free, so that the plan
-        and with it the last bits of the scores do not depend on what else the machine does.
-        """
-        budget = 1 << 30
-        if self.lm.device.type == "cuda":
-            weights = sum(parameter.nbytes for parameter in self.lm.model.parameters())
-            budget = (torch.cuda.get_device_properties(self.lm.device).total_memory - weights) // 4
+        """How many tokens' keys and values a unit may keep: 1 GiB on a CPU, a quarter of the room on a GPU."""
+        budget = self.lm.room() // 4 if self.lm.device.type == "cuda" else 1 << 30
         return max(self.batch_tokens, budget // max(1, self.lm.cache_bytes_per_token))
 
     def run(self, unit: Unit, sequences: Sequences, advance: Callable[[int], None]) -> UnitResult:

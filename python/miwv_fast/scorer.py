@@ -65,7 +65,8 @@ def score(
         neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean.
         include_eos: Whether the end-of-turn token behind each response is scored too.
         max_length: Tokens per sequence; by default what the model knows.
-        batch_tokens: Padded tokens per forward pass.
+        batch_tokens: Padded tokens per forward pass. `auto`: 1,024 on a CPU, what the weights leave room for on a GPU;
+            halved when memory runs out.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
         share_prefix: Whether to run one-shot passes behind the kept keys and values of their demonstrations: the same
@@ -98,7 +99,7 @@ def score(
     lm = load_model(model, tokenizer, device, dtype)
     layout = load_template(template, lm.tokenizer, include_eos)
     limit = _choose_limit(max_length, lm)
-    tokens = _default_batch_tokens(lm) if batch_tokens == "auto" else batch_tokens
+    tokens = lm.default_batch_tokens() if batch_tokens == "auto" else batch_tokens
     manifest = {
         "data": source.describe(),
         "records": len(records),
@@ -215,7 +216,3 @@ def _choose_limit(max_length: int | None, lm: CausalLM) -> int | None:
     if max_length is not None and lm.max_length is not None and max_length > lm.max_length:
         raise ValueError(f"max_length {max_length} is more than the {lm.max_length} positions that the model knows")
     return max_length if max_length is not None else lm.max_length
-
-
-def _default_batch_tokens(lm: CausalLM) -> int:
-    return 1024 if lm.device.type == "cpu" else 16384
