@@ -94,8 +94,8 @@ class CausalLM:
     def default_batch_tokens(self) -> int:
         """A token budget whose logits, if every position were scored, take a quarter of a GPU's room.
 
-        On a CPU 1,024: time per token is flat from 256 to 8,192 (benchmarks/batch_tokens.py), and a budget measured anew
-        at every start would change the last bits of the scores from run to run.
+        On a CPU 1,024: time per token is flat from 256 to 8,192 (benchmarks/batch_tokens.py), and a budget measured
+        anew at every start would change the last bits of the scores from run to run.
         """
         if self.device.type != "cuda":
             return 1024
