@@ -84,6 +84,13 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(tmp_path)
 
 
+def test_another_tokenizer_for_a_loaded_pair(tmp_path):
+    own = byte_level()
+    own.save_pretrained(tmp_path)
+    model = tiny_model("llama", len(own))
+    assert load_model((model, None), tokenizer=str(tmp_path)).tokenizer("hi").input_ids == own("hi").input_ids
+
+
 def test_unusable_models(tmp_path):
     own = byte_level()
     own.save_pretrained(tmp_path)

@@ -182,12 +182,29 @@ def test_changed_data_and_weights_are_other_runs(folder, tmp_path):
     data.write_text((folder / "data.jsonl").read_text())
     miwv_fast.score(data, model, output=tmp_path / "run", **OPTIONS)
     model[0].lm_head.weight.data[3, 5] += 1e-3
-    with pytest.raises(ValueError, match=r"model\.sha256"):
+    with pytest.raises(ValueError, match=r"  model: "):
         miwv_fast.score(data, model, output=tmp_path / "run", **OPTIONS)
     model[0].lm_head.weight.data[3, 5] -= 1e-3
     data.write_text(data.read_text().replace("red", "rex", 1))
-    with pytest.raises(ValueError, match=r"data\.files"):
+    with pytest.raises(ValueError, match=r"data\.sha256"):
         miwv_fast.score(data, model, output=tmp_path / "run", **OPTIONS)
+
+
+def test_moved_data_is_the_same_run(folder, tmp_path):
+    score(folder, "moved")
+    own = byte_level()
+    model = (tiny_model("llama", len(own)), own)
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_bytes((folder / "data.jsonl").read_bytes())
+    again = miwv_fast.score(elsewhere, model, output=folder / "moved", **OPTIONS)
+    assert again.table.equals(miwv_fast.load_scores(folder / "undisturbed").table)
+
+
+def test_a_call_that_failed_before_anything_was_computed_can_be_mended(folder):
+    with pytest.raises(ValueError, match="cannot load the embedder"):
+        score(folder, "mended", embedder="no/such-embedder")
+    score(folder, "mended")
+    assert outcome(folder, "mended") == outcome(folder, "undisturbed")
 
 
 def test_fresh_moves_the_old_run_aside(folder):

@@ -24,9 +24,9 @@ def info() -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str | None]:
-    """The versions of this package and of those whose version can change a score; None where absent."""
-    return {name: _version(name) for name in _PACKAGES}
+def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str | None]:
+    """The versions of packages, None where one is absent."""
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

@@ -238,6 +238,10 @@ def load_model(
         if len(model) != 2:
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
         loaded, own_tokenizer = model
+        if isinstance(tokenizer, str | Path):
+            from transformers import AutoTokenizer
+
+            tokenizer = _load(AutoTokenizer, "tokenizer", *_locate(tokenizer))
         if device != "auto":
             loaded = loaded.to(target)
         if dtype != "auto":

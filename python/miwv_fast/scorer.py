@@ -114,7 +114,7 @@ def score(
         "share_prefix": share_prefix,
         "device": lm.device.type,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "versions": package_versions(),
+        "versions": package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers")),
         "kernels": ops.build_info()["isa"],
     }
     job = Job.start(records, layout, limit, neighbors)
