@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from miwv_fast.sources import Row, Source
+from miwv_fast.formats import Row
+from miwv_fast.sources import Source
+
+# Characters of a malformed row that its rejection keeps; the row itself stays where it came from.
+_KEPT_CHARACTERS = 1 << 16
+_BATCH_RECORDS = 8192
+_BATCH_CHARACTERS = 1 << 26
 
 _ROLES = {
     "system": "system",
@@ -67,63 +75,77 @@ class Rejection:
 class Records:
     """All records of a run, held as Arrow columns (text size, no Python objects), in input order.
 
-    `status[i]` is None for a record that can be scored, otherwise `malformed`, `empty_instruction` or
-    `empty_response`. `records[i]` builds the `Record`; a malformed one has no turns.
+    `records[i]` builds the `Record`; a malformed one has no turns.
     """
 
     table: pa.Table
-    status: list[str | None]
     rejections: list[Rejection] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.status)
+        return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> Record:
-        row = self.table.slice(index, 1).to_pylist()[0]
-        turns = tuple(Turn(turn["instruction"], turn["input"], turn["response"]) for turn in row["turns"])
-        return Record(index, row["id"], row["system"], turns)
+        record_id, system, turns = (self.table[name][index].as_py() for name in ("id", "system", "turns"))
+        return Record(index, record_id, system, tuple(Turn(**turn) for turn in turns))
+
+    @property
+    def status(self) -> list[str | None]:
+        """For each record None if it can be scored, otherwise `malformed`, `empty_instruction` or `empty_response`."""
+        return list(self.table["status"].to_pylist())
 
     def ids(self) -> pa.ChunkedArray:
         """The records' own ids, null where a record has none."""
         return self.table["id"]
 
+    def embedded_texts(self, wanted: np.ndarray) -> pa.ChunkedArray:
+        """`Record.embedded_text` of each record as large_string [N], null where `wanted`, bool [N], is not set."""
+        chunks = (range(begin, min(begin + _BATCH_RECORDS, len(self))) for begin in range(0, len(self), _BATCH_RECORDS))
+        arrays = [
+            pa.array([self[i].embedded_text if wanted[i] else None for i in chunk], pa.large_string())
+            for chunk in chunks
+        ]
+        return pa.chunked_array(arrays, pa.large_string())
+
 
 _TURN = pa.struct([("instruction", pa.string()), ("input", pa.string()), ("response", pa.string())])
-_SCHEMA = pa.schema([("id", pa.string()), ("system", pa.string()), ("turns", pa.list_(_TURN))])
+_STATUS = pa.dictionary(pa.int8(), pa.string())
+_SCHEMA = pa.schema([("id", pa.string()), ("system", pa.string()), ("turns", pa.list_(_TURN)), ("status", _STATUS)])
 
 
 def read_records(source: Source) -> Records:
     """Reads every row of a source; rows that are no records are kept as `malformed`, with the reason.
 
-    Raises ValueError if the source has no rows at all or none of them is a record.
+    Of a malformed row's text its rejection keeps 65,536 characters. Raises ValueError if the source has no rows at all
+    or none of them is a record.
     """
-    batches: list[pa.RecordBatch] = []
-    pending: list[dict[str, Any]] = []
-    pending_size = 0
-    status: list[str | None] = []
     rejections: list[Rejection] = []
+    table = pa.Table.from_batches(_read_batches(source, rejections), schema=_SCHEMA)
+    if not len(table):
+        raise ValueError(f"{source.name} has no records")
+    if len(rejections) == len(table):
+        first = rejections[0]
+        raise ValueError(f"{source.name} has no readable record; {first.location}: {first.reason}")
+    return Records(table, rejections)
+
+
+def _read_batches(source: Source, rejections: list[Rejection]) -> Iterator[pa.RecordBatch]:
+    pending: list[dict[str, Any]] = []
+    size = 0
     for index, row in enumerate(source.rows()):
         try:
             record = _read_row(index, row)
-            status.append(_emptiness(record))
+            status = _emptiness(record)
         except MalformedRecord as error:
-            record = Record(index, None, "", ())
-            status.append("malformed")
-            rejections.append(Rejection(index, row.location, str(error), row.text()))
+            record, status = Record(index, None, "", ()), "malformed"
+            rejections.append(Rejection(index, row.location, str(error), _shorten(row.text(), _KEPT_CHARACTERS)))
         turns = [{"instruction": t.instruction, "input": t.input, "response": t.response} for t in record.turns]
-        pending.append({"id": record.id, "system": record.system, "turns": turns})
-        pending_size += len(record.system) + sum(len(t.prompt) + len(t.response) for t in record.turns)
-        if len(pending) == 8192 or pending_size > 1 << 26:
-            batches.append(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
-            pending, pending_size = [], 0
+        pending.append({"id": record.id, "system": record.system, "turns": turns, "status": status})
+        size += len(record.id or "") + len(record.system) + sum(len(t.prompt) + len(t.response) for t in record.turns)
+        if len(pending) == _BATCH_RECORDS or size > _BATCH_CHARACTERS:
+            yield pa.RecordBatch.from_pylist(pending, schema=_SCHEMA)
+            pending, size = [], 0
     if pending:
-        batches.append(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
-    if not status:
-        raise ValueError(f"{source.name} has no records")
-    if len(rejections) == len(status):
-        first = rejections[0]
-        raise ValueError(f"{source.name} has no readable record; {first.location}: {first.reason}")
-    return Records(pa.Table.from_batches(batches, schema=_SCHEMA), status, rejections)
+        yield pa.RecordBatch.from_pylist(pending, schema=_SCHEMA)
 
 
 def parse_record(value: object, index: int = 0) -> Record:
@@ -135,10 +157,7 @@ def parse_record(value: object, index: int = 0) -> Record:
     if not isinstance(value, Mapping):
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
     present = {key for key, item in value.items() if item is not None}
-    own_id = value.get("id")
-    record_id = str(own_id) if isinstance(own_id, str | int) else None
-    if record_id is not None:
-        _check_text("id", record_id)
+    record_id = _own_id(value.get("id"))
     if "messages" in present:
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
     elif "conversations" in present:
@@ -150,7 +169,7 @@ def parse_record(value: object, index: int = 0) -> Record:
         response = "completion" if "completion" in value else "response"
         system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, response)),)
     else:
-        keys = ", ".join(str(key) for key in list(value)[:8]) or "none"
+        keys = ", ".join(_shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
         raise MalformedRecord(
             "its fields name no known shape; expected instruction and output, prompt and completion or response, "
             f"messages, or conversations, found: {keys}"
@@ -162,6 +181,17 @@ def _read_row(index: int, row: Row) -> Record:
     if row.error is not None:
         raise MalformedRecord(row.error)
     return parse_record(row.value, index)
+
+
+def _own_id(value: object) -> str | None:
+    if not isinstance(value, str | int):
+        return None
+    try:
+        text = str(value)
+    except ValueError as error:
+        raise MalformedRecord(f"'id' cannot be written: {error}") from None
+    _check_text("id", text)
+    return text
 
 
 def _emptiness(record: Record) -> str | None:
@@ -176,6 +206,10 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
     """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
     if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
         raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}")
+    try:
+        messages = list(messages)
+    except TypeError:  # an array without dimensions
+        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}") from None
     system, turns, user = "", [], None
     for position, message in enumerate(messages):
         where = f"{name}[{position}]"
@@ -184,7 +218,7 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
         said = message.get(role_key)
         role = _ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise MalformedRecord(f"{where} has {role_key} {said!r}; known are {', '.join(_ROLES)}")
+            raise MalformedRecord(f"{where} has {role_key} {_show(said)}; known are {', '.join(_ROLES)}")
         text = _content(message, text_key, where)
         if role == "system":
             if position:
@@ -213,7 +247,8 @@ def _content(message: Mapping[str, Any], key: str, where: str) -> str:
         return _text(message, key, where)
     parts = []
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or kind != "text":
             raise MalformedRecord(f"{where}: only text can be scored, found a part that is {_describe(part)}")
         parts.append(_text(part, "text", where))
     return "".join(parts)
@@ -234,9 +269,31 @@ def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise MalformedRecord(f"{name!r} is not valid Unicode at character {error.start}: a lone surrogate") from None
+        # Bytes that a reader could not decode stand as U+DC80 to U+DCFF.
+        escaped = "\udc80" <= text[error.start] <= "\udcff"
+        what = "bytes that are not UTF-8, or a lone surrogate" if escaped else "a lone surrogate"
+        raise MalformedRecord(f"{name!r} is not valid Unicode at character {error.start}: {what}") from None
+
+
+# A message about a value must not fail, or grow, by its size or depth.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 50, 50, 50
 
 
 def _describe(value: object) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return f"{type(value).__name__} {_show(value)}"
+
+
+def _show(value: object) -> str:
+    try:
+        return _shorten(_printable(_SHORT.repr(value)), 60)
+    except ValueError:  # an int of more digits than Python writes
+        return "of very many digits"
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _shorten(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 3] + "..."
