@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import text_embedder
-from miwv_fast import neighbors
-from miwv_fast.neighbors import TIE, embed, nearest
+from miwv_fast import approximate, neighbors
+from miwv_fast.neighbors import TIE, nearest
 from miwv_fast.progress import Progress
 
 QUIET = Progress(False)
@@ -58,6 +58,12 @@ def test_duplicates_never_return_self():
     assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [1, 2, 1, 1]
 
 
+def test_nothing_but_duplicates():
+    found = nearest(np.ones((3, 2), np.float32), np.ones(3, bool), 2, "cpu", QUIET)
+    assert found.index.tolist() == [[1, 2], [0, 2], [0, 1]] and (found.similarity == 1).all()
+    assert found.recall is None
+
+
 def test_a_tie_goes_to_the_lowest_index():
     embeddings = np.array([[1, 0], [0, 1], [0, 2], [1, 1]], np.float32)
     assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [3, 2, 1, 0]
@@ -70,37 +76,51 @@ def test_a_record_without_embedding_has_no_neighbour_and_is_nobodys():
     assert np.isnan(found.similarity[[0, 2]]).all()
 
 
-def test_embed_callable_sees_each_text_once_and_only_wanted_ones():
-    seen: list[str] = []
-
-    def spy(texts):
-        seen.extend(texts)
-        return text_embedder(texts)
-
-    embeddings = embed(["a", "b", "a", "c"], np.array([True, True, True, False]), spy, "cpu", QUIET)
-    assert sorted(seen) == ["a", "b"]
-    assert embeddings[0].tobytes() == embeddings[2].tobytes() and not embeddings[3].any()
-
-
-def test_embed_array():
-    array = np.eye(3)
-    wanted = np.ones(3, bool)
-    for given_as in (array, torch.eye(3, dtype=torch.bfloat16)):
-        np.testing.assert_array_equal(embed(["a"] * 3, wanted, given_as, "cpu", QUIET), np.eye(3, dtype=np.float32))
-    for wrong in (np.eye(4), np.ones(3), np.ones((3, 2), np.int64)):
-        with pytest.raises(ValueError, match=r"expected \[3, D\]"):
-            embed(["a"] * 3, wanted, wrong, "cpu", QUIET)
+@pytest.fixture
+def clustered(monkeypatch):
+    """3,000 vectors in 100 bundles, some of them twice or without direction, above the limit of exact search."""
+    pytest.importorskip("faiss")
+    monkeypatch.setitem(neighbors.APPROXIMATE_ABOVE, "cpu", 500)
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((100, 16))
+    vectors = centres[generator.integers(100, size=3000)] + 0.3 * generator.standard_normal((3000, 16))
+    vectors[generator.integers(3000, size=60)] = vectors[7]
+    vectors[[1, 5]] = 0
+    return vectors.astype(np.float32)
 
 
-def test_embedder_errors():
-    with pytest.raises(ValueError, match=r"\[2, D\] for 2 texts"):
-        embed(["a", "b"], np.ones(2, bool), lambda texts: np.ones(3), "cpu", QUIET)
-    with pytest.raises(ValueError, match="cannot load the embedder 'no/such-embedder'"):
-        embed(["a", "b"], np.ones(2, bool), "no/such-embedder", "cpu", QUIET)
+@pytest.mark.parametrize("k", [1, 3])
+def test_approximate_search(clustered, k, caplog):
+    """What is found obeys every rule of the exact search; how much is missed is measured, and little."""
+    candidates = np.arange(3000) % 10 != 3
+    with caplog.at_level("INFO"):
+        found = nearest(clustered, candidates, k, "cpu", QUIET)
+    assert "recall@1" in caplog.text and found.recall is not None and found.recall >= approximate.RECALL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(neighbors.APPROXIMATE_ABOVE, "cpu", 3000)
+        exact = nearest(clustered, candidates, k, "cpu", QUIET)
+    # Two cosines of the same float32 unit vectors, added up in another order.
+    same = np.isclose(found.similarity[:, 0], exact.similarity[:, 0], atol=2 * 16 * 1.2e-7, rtol=0, equal_nan=True)
+    # The sample is a third of the records: the share among all lies within three of its standard errors.
+    assert abs(same.mean() - found.recall) <= 3 * np.sqrt(0.25 / 1000)
+    assert (found.index[same, 0] == exact.index[same, 0]).all(), "a tie went to another record than the lowest"
+    assert (found.index[~candidates] == -1).all() and (found.index[[1, 5]] == -1).all()
+    usable = candidates & clustered.any(axis=1)
+    assert usable[found.index[usable]].all() and (found.index != np.arange(3000)[:, None]).all()
+    assert all(len(set(row)) == k for row in found.index[usable].tolist())
 
 
-def test_real_embedder(minilm):
-    texts = ["Name three fruits.", "Solve 3 + 4.", "List some fruits, please.", "What is 5 + 9?"]
-    embeddings = embed(texts, np.ones(4, bool), str(minilm), "cpu", QUIET)
-    assert embeddings.shape == (4, 384) and embeddings.dtype == np.float32
-    assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [2, 3, 0, 1]
+def test_approximate_search_gives_everybody_k(clustered):
+    """Cells with too few records are made up for exactly."""
+    lonely = np.concatenate([clustered, 100 * np.eye(16, dtype=np.float32)])
+    found = nearest(lonely, np.ones(len(lonely), bool), 40, "cpu", QUIET)
+    usable = lonely.any(axis=1)
+    assert (found.index[usable] >= 0).all()
+    assert (np.diff(found.similarity[usable], axis=1) <= TIE).all()
+
+
+def test_without_an_index_the_search_is_exact(clustered, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    found = nearest(clustered[:800], np.ones(800, bool), 1, "cpu", QUIET)
+    assert found.recall is None and "miwv-fast[faiss]" in caplog.text
+    assert found.index[:, 0].tolist() == [row[0] for row in reference(clustered[:800], np.ones(800, bool), 1)[0]]

@@ -1,34 +1,38 @@
-"""Embeddings of the records and, for each, the most similar other record."""
+"""For each record, the most similar other records: exactly, or among candidates that an index finds."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from miwv_fast.progress import Progress
 
-DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 TIE = 1e-6
+# Above this many distinct embeddings an index is asked. N² D operations: an hour at a million records on two cores.
+APPROXIMATE_ABOVE = {"cpu": 200_000, "cuda": 4_000_000}
 _BLOCK_ELEMENTS = 1 << 26  # similarities held at a time: 256 MiB of float32
+_BLOCK_ROWS = 8192
 
 _log = logging.getLogger(__name__)
-
-Embedder = str | Path | np.ndarray | torch.Tensor | Callable[[list[str]], Any]
 
 
 @dataclass(frozen=True)
 class Neighbors:
     """Each record's most similar other records, nearest first: `index` int64 [N, k], -1 where there are no more, and
-    `similarity` float32 [N, k], NaN there."""
+    `similarity` float32 [N, k], NaN there.
+
+    `recall` is the share of a sample of records whose nearest is the exact one, None where the search was exact.
+    """
 
     index: np.ndarray
     similarity: np.ndarray
+    recall: float | None = None
 
     @staticmethod
     def none(n: int, k: int) -> Neighbors:
@@ -36,96 +40,148 @@ class Neighbors:
         return Neighbors(np.full((n, k), -1, np.int64), np.full((n, k), np.nan, np.float32))
 
 
-def embed(texts: Sequence[str], wanted: np.ndarray, embedder: Embedder, device: str, progress: Progress) -> np.ndarray:
-    """Embeddings float32 [N, D] of the records whose place in `wanted` (bool [N]) is set; the other rows are 0.
+@dataclass(frozen=True)
+class Groups:
+    """Records with byte-identical embeddings, numbered by their first record; group g is
+    `members[start[g]:start[g + 1]]`, ascending. `unit(groups)` gives their embeddings, float32 of length 1."""
 
-    An array is checked and returned as it is. Equal texts are embedded once, so that their embeddings are equal
-    to the byte. Raises ValueError if the embedder's result is not one row per text, or it cannot be loaded.
-    """
-    if isinstance(embedder, np.ndarray | torch.Tensor):
-        return check_embeddings(embedder, len(texts))
-    first: dict[str, int] = {}
-    place = np.array([first.setdefault(texts[i], len(first)) for i in np.flatnonzero(wanted)], np.int64)
-    unique = list(first)
-    encode = embedder if callable(embedder) else _load_embedder(embedder, device, progress)
-    rows = np.asarray(encode(unique), np.float32)
-    if rows.ndim != 2 or len(rows) != len(unique):
-        raise ValueError(f"the embedder should give [{len(unique)}, D] for {len(unique)} texts, got {list(rows.shape)}")
-    embeddings = np.zeros((len(texts), rows.shape[1]), np.float32)
-    embeddings[wanted] = rows[place]
-    return embeddings
+    members: np.ndarray
+    start: np.ndarray
+    unit: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def first(self) -> np.ndarray:
+        """The lowest record of each group."""
+        return self.members[self.start[:-1]]
 
 
-def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:
-    """The embeddings as float32 [N, D]; ValueError unless there is a row of floats for every input record."""
-    array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
-    if array.ndim != 2 or len(array) != records or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(
-            f"an embedding array has a row of floats for every input record: expected [{records}, D], "
-            f"got {list(array.shape)} of {array.dtype}"
-        )
-    return array.astype(np.float32, copy=False)
+@dataclass(frozen=True)
+class Near:
+    """Other groups similar to some groups: to `groups[r]` those in `other[ends[r]:ends[r + 1]]`, ascending."""
+
+    groups: np.ndarray
+    ends: np.ndarray
+    other: np.ndarray
+    similarity: np.ndarray
 
 
 def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str, progress: Progress) -> Neighbors:
-    """The k most similar other records by cosine, exactly, for each record in `candidates` (bool [N]), among them.
+    """The k most similar other records by cosine, for each record in `candidates` (bool [N]), among them.
 
     Byte-identical embeddings form one group; similarities within 1e-6 of the best of those that are left are ties;
     ties go to the lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's.
-    Memory is one block of rows of the similarity matrix, 256 MiB; N² D multiplications and additions.
+
+    Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
+    embeddings is a copy of them and 256 MiB. Above, an index of FAISS finds candidates, where it is installed, and
+    `recall` says how many of the nearest it found.
     """
     n = len(embeddings)
     result = Neighbors.none(n, k)
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
-    members = np.flatnonzero(candidates & np.isfinite(norms) & (norms > 0))
-    if len(members) < 2:
+    groups = _find_groups(embeddings, candidates)
+    if len(groups.members) < 2:
         return result
-    groups = _group(embeddings, members)
-    first = np.array([group[0] for group in groups])
-    unit = torch.from_numpy((embeddings[first] / norms[first, None]).astype(np.float32)).to(device)
-    block = max(1, _BLOCK_ELEMENTS // len(groups))
-    with progress.task("neighbours", len(groups), "records") as advance:
-        for begin in range(0, len(groups), block):
-            similarity = (unit[begin : begin + block] @ unit.T).clamp_(-1, 1)
-            _choose(similarity, begin, groups, first, k, result)
-            advance(len(similarity))
+    limit = APPROXIMATE_ABOVE.get(torch.device(device).type, APPROXIMATE_ABOVE["cpu"])
+    if len(groups) > limit and _has_index(len(groups)):
+        from miwv_fast.approximate import find_near
+
+        near, recall = find_near(groups, k, progress)
+        result = replace(result, recall=recall)
+    else:
+        near = exact_near(groups, np.arange(len(groups)), k, device, progress)
+    for part in near:
+        _choose(part, groups, k, result)
     return result
 
 
-def _group(embeddings: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
-    """Records with byte-identical embeddings, each group ascending, the groups by their first record."""
-    rows = np.ascontiguousarray(embeddings[members] + 0.0).view(f"V{embeddings.shape[1] * 4}").ravel()
-    _, inverse = np.unique(rows, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    groups = np.split(members[order], np.cumsum(np.bincount(inverse))[:-1])
-    return sorted(groups, key=lambda group: int(group[0]))
+def exact_near(groups: Groups, wanted: np.ndarray, k: int, device: str, progress: Progress) -> Iterator[Near]:
+    """The k most similar other groups of the wanted ones, and their ties, block by block."""
+    unit = torch.from_numpy(groups.unit(np.arange(len(groups)))).to(device)
+    block = max(1, _BLOCK_ELEMENTS // len(groups))
+    begun = time.perf_counter()
+    with progress.task("neighbours", len(wanted), "records") as advance:
+        for begin in range(0, len(wanted), block):
+            rows = torch.from_numpy(wanted[begin : begin + block]).to(device)
+            similarity = (unit[rows] @ unit.T).clamp_(-1, 1)
+            similarity[torch.arange(len(rows), device=device), rows] = -2.0
+            # Whoever ties with the k-th best may stand in the place of one of the best k.
+            best = min(k, len(groups))
+            kth = similarity.amax(dim=1) if best == 1 else similarity.topk(best, dim=1).values[:, -1]
+            row, other = (similarity >= (kth[:, None] - TIE).clamp(min=-1.5)).nonzero(as_tuple=True)
+            near = similarity[row, other].cpu().numpy()
+            ends = np.searchsorted(row.cpu().numpy(), np.arange(len(rows) + 1))
+            yield Near(wanted[begin : begin + block], ends, other.cpu().numpy(), near)
+            advance(len(rows))
+            if begin == 0 and len(wanted) > 20 * block:
+                minutes = (time.perf_counter() - begun) * len(wanted) / len(rows) / 60
+                _log.info("the exact neighbours of %d records take about %.0f minutes", len(wanted), minutes)
 
 
-def _choose(
-    similarity: torch.Tensor, begin: int, groups: list[np.ndarray], first: np.ndarray, k: int, result: Neighbors
-) -> None:
-    """Fills in the neighbours of the groups whose rows of the similarity matrix these are."""
-    itself = torch.arange(begin, begin + len(similarity), device=similarity.device)
-    similarity[itself - begin, itself] = -2.0
-    wanted = min(k, len(first))
-    # Whoever ties with the k-th best may stand in the place of one of the best k.
-    kth = similarity.amax(dim=1) if wanted == 1 else similarity.topk(wanted, dim=1).values[:, -1]
-    floor = kth[:, None] - TIE
-    row, other = (similarity >= floor).nonzero(as_tuple=True)
-    near = similarity[row, other].cpu().numpy()
-    row, other = row.cpu().numpy(), other.cpu().numpy()
-    ends = np.searchsorted(row, np.arange(len(similarity) + 1))
-    for place in range(len(similarity)):
-        group = groups[begin + place]
-        inside = slice(ends[place], ends[place + 1])
-        values, found = near[inside], other[inside]
-        if len(group) == 1 and k == 1:
-            # By far the most frequent case: the lowest index is the first, since groups are in the order of theirs.
-            if values[0] > -2:
-                result.index[group[0], 0], result.similarity[group[0], 0] = first[found[0]], values[0]
-            continue
-        near_by = [(float(v), int(i)) for v, g in zip(values, found, strict=True) if v > -2 for i in groups[g][: k + 1]]
-        near_by += [(1.0, int(i)) for i in group[: k + 1]]
+def _has_index(size: int) -> bool:
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        _log.warning(
+            "the neighbours of %d records are searched exactly, which takes long; with pip install 'miwv-fast[faiss]' "
+            "nearly all of them are found in a fraction of the time",
+            size,
+        )
+        return False
+    return True
+
+
+def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
+    """Groups of the candidates whose embeddings have a direction."""
+    norms = np.zeros(len(embeddings))
+    for begin in range(0, len(embeddings), _BLOCK_ROWS):
+        norms[begin : begin + _BLOCK_ROWS] = np.linalg.norm(
+            embeddings[begin : begin + _BLOCK_ROWS].astype(np.float64), axis=1
+        )
+    members = np.flatnonzero(candidates & np.isfinite(norms) & (norms > 0))
+    digests = np.empty((len(members), 16), np.uint8)
+    for begin in range(0, len(members), _BLOCK_ROWS):
+        rows = embeddings[members[begin : begin + _BLOCK_ROWS]] + 0.0  # -0.0 is 0.0
+        parts = (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+        digests[begin : begin + _BLOCK_ROWS] = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 16)
+    _, index, inverse = np.unique(digests.view("V16").ravel(), return_index=True, return_inverse=True)
+    number = np.empty(len(index), np.int64)
+    number[np.argsort(index)] = np.arange(len(index))
+    label = number[inverse]
+    order = np.argsort(label, kind="stable")
+    start = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=len(index)))])
+    ordered = members[order]
+    first = ordered[start[:-1]]
+
+    def unit(chosen: np.ndarray) -> np.ndarray:
+        result = np.empty((len(chosen), embeddings.shape[1]), np.float32)
+        for begin in range(0, len(chosen), _BLOCK_ROWS):
+            rows = first[chosen[begin : begin + _BLOCK_ROWS]]
+            result[begin : begin + _BLOCK_ROWS] = embeddings[rows] / norms[rows, None]
+        return result
+
+    return Groups(ordered, start, unit)
+
+
+def _choose(near: Near, groups: Groups, k: int, result: Neighbors) -> None:
+    """Fills in the neighbours of the records of these groups."""
+    rows, begins, ends = near.groups, near.ends[:-1], near.ends[1:]
+    first, size = groups.first, np.diff(groups.start)
+    if k == 1:
+        # By far the most frequent case: the lowest index is the first, since groups are in the order of theirs.
+        alone = size[rows] == 1
+        found = alone & (begins < ends)
+        result.index[first[rows[found]], 0] = first[near.other[begins[found]]]
+        result.similarity[first[rows[found]], 0] = near.similarity[begins[found]]
+        rows, begins, ends = rows[~alone], begins[~alone], ends[~alone]
+    for row, begin, end in zip(rows.tolist(), begins.tolist(), ends.tolist(), strict=True):
+        group = groups.members[groups.start[row] : groups.start[row + 1]]
+        near_by = [(1.0, int(i)) for i in group[: k + 1]]
+        for other, similarity in zip(near.other[begin:end], near.similarity[begin:end], strict=True):
+            begin_other = groups.start[other]
+            some = groups.members[begin_other : min(begin_other + k + 1, groups.start[other + 1])]
+            near_by += [(float(similarity), int(i)) for i in some]
         for record in group.tolist():
             _take(record, [pair for pair in near_by if pair[1] != record], k, result)
 
@@ -138,30 +194,3 @@ def _take(record: int, near_by: list[tuple[float, int]], k: int, result: Neighbo
         near_by.remove(chosen)
         result.index[record, rank] = chosen[1]
         result.similarity[record, rank] = chosen[0]
-
-
-def _load_embedder(name: str | Path, device: str, progress: Progress) -> Callable[[list[str]], np.ndarray]:
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        model = SentenceTransformer(str(name), device=device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot load the embedder {str(name)!r}: {reason}") from error
-
-    def encode(texts: list[str]) -> np.ndarray:
-        # Longest first: batches of like lengths, and running out of memory happens at once or never.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        result: np.ndarray | None = None
-        with progress.task("embedding", len(texts), "records") as advance:
-            for begin in range(0, len(order), 512):
-                chunk = order[begin : begin + 512]
-                rows = model.encode([texts[i] for i in chunk], batch_size=32, show_progress_bar=False)
-                if result is None:
-                    result = np.empty((len(texts), rows.shape[1]), np.float32)
-                result[chunk] = rows
-                advance(len(chunk))
-        assert result is not None
-        return result
-
-    return encode

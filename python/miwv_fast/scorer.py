@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from miwv_fast import ops
+from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embeddings, embed
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
 from miwv_fast.model import CausalLM, choose_device, choose_dtype, load_model
-from miwv_fast.neighbors import DEFAULT_EMBEDDER, Embedder, check_embeddings, embed, nearest
+from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
 from miwv_fast.records import read_records
 from miwv_fast.runner import Runner
@@ -60,7 +61,7 @@ def score(
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
         embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, or a callable
-            from a list of texts to such an array.
+            from lists of at most 8,192 texts to such arrays.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
         neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean.
         include_eos: Whether the end-of-turn token behind each response is scored too.
@@ -150,8 +151,7 @@ def _score(
     found = run.neighbors(len(job.records), job.parents.shape[1]) if run is not None else None
     if found is None:
         scorable = job.pending()
-        texts = [job.records[i].embedded_text if scorable[i] else "" for i in range(len(job.records))]
-        embeddings = embed(texts, scorable, embedder, device, bars)
+        embeddings = embed(job.records.embedded_texts(scorable), embedder, device, bars)
         found = nearest(embeddings, scorable, job.parents.shape[1], device, bars)
         if run is not None:
             run.save_neighbors(embeddings, found)

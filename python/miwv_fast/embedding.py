@@ -1,0 +1,98 @@
+"""Embeddings of the records' texts: each distinct text once, in chunks of like length, into one array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from miwv_fast.progress import Progress
+
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+CALL_TEXTS = 8192
+_MODEL_TEXTS = 512
+
+Embedder = str | Path | np.ndarray | torch.Tensor | Callable[[list[str]], Any]
+
+
+def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, progress: Progress) -> np.ndarray:
+    """Embeddings float32 [N, D] of `texts`, large_string [N]; rows of null texts are 0.
+
+    An array is checked and returned as it is. Anything else embeds each distinct text once, so that equal texts have
+    embeddings that are equal to the byte; a callable gets lists of at most 8,192 texts, the longest first, and may not
+    depend on which texts come together. Raises ValueError if the embedder's result is not one row of D numbers per
+    text, or it cannot be loaded.
+    """
+    if isinstance(embedder, np.ndarray | torch.Tensor):
+        return check_embeddings(embedder, len(texts))
+    place, distinct = _find_distinct(texts)
+    wanted = np.flatnonzero(place >= 0)
+    # The records of each distinct text in turn; its first record's row is what the others copy.
+    first = np.full(len(distinct), len(texts), np.int64)
+    np.minimum.at(first, place[wanted], wanted)
+    order = np.argsort(-pc.binary_length(distinct).to_numpy(zero_copy_only=False), kind="stable")
+    encode = embedder if callable(embedder) else _load_embedder(embedder, device)
+    chunk = CALL_TEXTS if callable(embedder) else _MODEL_TEXTS
+    embeddings: np.ndarray | None = None
+    with progress.task("embedding", len(distinct), "records") as advance:
+        for begin in range(0, len(order), chunk):
+            chosen = order[begin : begin + chunk]
+            rows = np.asarray(encode(distinct.take(pa.array(chosen)).to_pylist()), np.float32)
+            width = rows.shape[-1] if embeddings is None else embeddings.shape[1]
+            if rows.ndim != 2 or rows.shape != (len(chosen), width):
+                dimensions = "D" if embeddings is None else width
+                raise ValueError(
+                    f"the embedder should give [{len(chosen)}, {dimensions}] for {len(chosen)} texts, "
+                    f"got {list(rows.shape)}"
+                )
+            if embeddings is None:
+                embeddings = np.zeros((len(texts), rows.shape[1]), np.float32)
+            embeddings[first[chosen]] = rows
+            advance(len(chosen))
+    if embeddings is None:
+        return np.zeros((len(texts), 1), np.float32)
+    copies = wanted[first[place[wanted]] != wanted]
+    for begin in range(0, len(copies), CALL_TEXTS):
+        block = copies[begin : begin + CALL_TEXTS]
+        embeddings[block] = embeddings[first[place[block]]]
+    return embeddings
+
+
+def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:
+    """The embeddings as float32 [N, D]; ValueError unless there is a row of floats for every input record."""
+    array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
+    if array.ndim != 2 or len(array) != records or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"an embedding array has a row of floats for every input record: expected [{records}, D], "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
+    return array.astype(np.float32, copy=False)
+
+
+def _find_distinct(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """For each text its place among the distinct ones, int64, -1 for null; and those, large_string."""
+    encoded = texts.dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+
+
+def _load_embedder(name: str | Path, device: str) -> Callable[[list[str]], np.ndarray]:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        # Pickled weights can run code; whoever trusts theirs loads them and passes `encode`.
+        model = SentenceTransformer(str(name), device=device, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot load the embedder {str(name)!r}: {reason}") from error
+
+    def encode(texts: list[str]) -> np.ndarray:
+        return np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
+
+    return encode

@@ -1,0 +1,78 @@
+"""Embeddings: each distinct text once, in bounded lists, equal texts to the byte."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import text_embedder
+from miwv_fast import embedding
+from miwv_fast.embedding import embed
+from miwv_fast.neighbors import nearest
+from miwv_fast.progress import Progress
+
+QUIET = Progress(False)
+
+
+def column(*texts: str | None, chunks: int = 1) -> pa.ChunkedArray:
+    arrays = [pa.array(part.tolist(), pa.large_string()) for part in np.array_split(np.array(texts, object), chunks)]
+    return pa.chunked_array(arrays, pa.large_string())
+
+
+@given(st.lists(st.none() | st.text("ab\n\0é", max_size=3), min_size=1), st.integers(1, 4), st.integers(1, 5))
+def test_every_text_gets_its_own_embedding(texts, chunks, calls):
+    """Whatever the chunks of the column and of the calls; each distinct text is seen once."""
+    seen: list[str] = []
+
+    def spy(some):
+        assert 0 < len(some) <= calls
+        seen.extend(some)
+        return text_embedder(some)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "CALL_TEXTS", calls)
+        embeddings = embed(column(*texts, chunks=chunks), spy, "cpu", QUIET)
+    assert sorted(seen) == sorted({text for text in texts if text is not None})
+    assert [len(text.encode()) for text in seen] == sorted((len(text.encode()) for text in seen), reverse=True)
+    for row, text in zip(embeddings, texts, strict=True):
+        expected = np.zeros(64, np.float32) if text is None else text_embedder([text])[0]
+        np.testing.assert_array_equal(row, expected if seen else [0])
+
+
+def test_equal_texts_are_equal_to_the_byte():
+    """An embedder that answers at random is asked once."""
+    generator = np.random.default_rng(0)
+    embeddings = embed(column("a", "b", "a", None), lambda texts: generator.random((len(texts), 5)), "cpu", QUIET)
+    assert embeddings[0].tobytes() == embeddings[2].tobytes() != embeddings[1].tobytes()
+    assert embeddings.dtype == np.float32 and not embeddings[3].any()
+
+
+def test_array():
+    array = np.eye(3)
+    for given_as in (array, torch.eye(3, dtype=torch.bfloat16)):
+        np.testing.assert_array_equal(embed(column("a", "a", "a"), given_as, "cpu", QUIET), np.eye(3, dtype=np.float32))
+    for wrong in (np.eye(4), np.ones(3), np.ones((3, 2), np.int64)):
+        with pytest.raises(ValueError, match=r"expected \[3, D\]"):
+            embed(column("a", "a", "a"), wrong, "cpu", QUIET)
+
+
+def test_errors(monkeypatch):
+    for wrong in (lambda texts: np.ones(3), lambda texts: np.ones((3, 2))):
+        with pytest.raises(ValueError, match=r"\[2, D\] for 2 texts"):
+            embed(column("a", "b"), wrong, "cpu", QUIET)
+    monkeypatch.setattr(embedding, "CALL_TEXTS", 1)
+    with pytest.raises(ValueError, match=r"\[1, 3\] for 1 texts, got \[1, 2\]"):
+        embed(column("aaa", "bb"), lambda texts: np.ones((1, len(texts[0]))), "cpu", QUIET)
+    with pytest.raises(ValueError, match="cannot load the embedder 'no/such-embedder'"):
+        embed(column("a", "b"), "no/such-embedder", "cpu", QUIET)
+
+
+def test_real_embedder(minilm):
+    texts = ["Name three fruits.", "Solve 3 + 4.", "List some fruits, please.", "What is 5 + 9?"]
+    embeddings = embed(column(*texts), str(minilm), "cpu", QUIET)
+    assert embeddings.shape == (4, 384) and embeddings.dtype == np.float32
+    assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [2, 3, 0, 1]
