@@ -1,0 +1,274 @@
+"""CPU row kernel against torch and against a plain read of the same bytes.
+
+    pytest benchmarks/test_cpu_rows.py --benchmark-columns=min,median,rounds
+    MIWV_RESULTS=benchmarks/results/cpu_rows.json pytest benchmarks/test_cpu_rows.py -q
+    python benchmarks/test_cpu_rows.py benchmarks/results/cpu_rows.json     prints the tables of a result
+
+Siblings of one shape: `ours`; `cross_entropy` in chunks of 8 rows, whose output stays in the cache; `log_softmax` of
+all rows and a gather; `read`, a sum of the bytes that `ours` must read. Where only some rows are scored, torch has to
+copy them first and that is part of its time. Inputs move through half a gigabyte from call to call, so that a call
+finds none of them in the cache. Times are the best of at least five rounds: other work on a shared machine can only add
+to them. malloc is told to keep what torch frees, otherwise page faults double its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from miwv_fast import _core, ops
+
+VOCABS = [32000, 50257, 128256, 151936, 262144]
+DTYPES = [torch.float32, torch.bfloat16]
+ELEMENTS = 512 * max(VOCABS)
+SIBLINGS = ["read", "cross_entropy", "log_softmax", "ours"]  # ours comes last, to be compared with the others
+# One row is a decoding step, 16 rows a short response, 512 a batch, larger than the last-level cache. A density below
+# one scores some of the rows, as a response mask does.
+ROWS = [(1, 1.0), (16, 1.0), (16, 0.5), (16, 0.1), (512, 1.0), (512, 0.5), (512, 0.1)]
+SHAPES = [(d, t, v, r, p) for d in DTYPES for t in (1, 2) for v in VOCABS for r, p in ROWS]
+
+_times: dict[tuple[Any, ...], dict[str, float]] = {}
+_speed: list[dict[str, Any]] = []
+_accuracy: list[dict[str, Any]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results() -> Iterator[None]:
+    """Writes what was measured to the file that MIWV_RESULTS names."""
+    threads, isa = torch.get_num_threads(), _core.isa()
+    _keep_freed_memory()
+    yield
+    torch.set_num_threads(threads)
+    _core.select_isa(isa)
+    if path := os.environ.get("MIWV_RESULTS"):
+        header = {
+            "command": f"MIWV_RESULTS={path} pytest {' '.join(sys.argv[1:])}",
+            "date": time.strftime("%Y-%m-%d"),
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "isa": isa,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        }
+        lines = [f'"{name}": [\n{_lines(rows)}\n]' for name, rows in (("speed", _speed), ("accuracy", _accuracy))]
+        Path(path).write_text(json.dumps(header, indent=0)[:-2] + ",\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return ",\n".join(json.dumps(row) for row in rows)
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _keep_freed_memory() -> None:
+    """Far higher thresholds than malloc's own for giving memory back and for mapping it anew."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 32 << 20)
+
+
+executors: dict[int, ThreadPoolExecutor] = {}
+_pool: dict[torch.dtype, torch.Tensor] = {}
+
+
+def pool(dtype: torch.dtype) -> torch.Tensor:
+    if dtype not in _pool:
+        torch.manual_seed(0)
+        _pool.clear()
+        _pool[dtype] = torch.randn(ELEMENTS // 8).mul_(3).to(dtype).repeat(8)
+    return _pool[dtype]
+
+
+def rotating(dtype: torch.dtype, rows: int, vocab: int) -> Callable[[], torch.Tensor]:
+    """Gives another part of the pool at each call."""
+    storage, position, size = pool(dtype), [0], rows * vocab
+
+    def next_logits() -> torch.Tensor:
+        start = position[0] if position[0] + size <= ELEMENTS else 0
+        position[0] = start + size
+        return storage[start : start + size].view(rows, vocab)
+
+    return next_logits
+
+
+def read(executor: ThreadPoolExecutor, logits: torch.Tensor, rows: list[int], threads: int) -> None:
+    size = logits.shape[1] * logits.element_size()
+    base = logits.data_ptr()
+    if len(rows) == logits.shape[0]:
+        parts = [[(base + size * len(rows) * i // threads, size * len(rows) // threads)] for i in range(threads)]
+    else:
+        parts = [[(base + size * row, size) for row in rows[i::threads]] for i in range(threads)]
+
+    def read_part(part: list[tuple[int, int]]) -> None:
+        for address, bytes_ in part:
+            _core.cpu_read(address, bytes_)
+
+    if threads == 1:
+        read_part(parts[0])
+    else:
+        list(executor.map(read_part, parts))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    parts = []
+    for begin in range(0, len(targets), 8):
+        some = slice(begin, begin + 8)
+        chunk = logits[some] if rows is None else logits[rows[some]]
+        parts.append(F.cross_entropy(chunk, targets[some], reduction="none"))
+    return torch.cat(parts)
+
+
+def log_softmax(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    chosen = logits if rows is None else logits[rows]
+    return -chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+@pytest.mark.parametrize(
+    ("dtype", "threads", "vocab", "rows", "density"),
+    SHAPES,
+    ids=[f"{str(d)[6:]}-{t}t-V{v}-{r}rows-{p:g}" for d, t, v, r, p in SHAPES],
+)
+def test_rows(
+    benchmark: Any, dtype: torch.dtype, threads: int, vocab: int, rows: int, density: float, sibling: str
+) -> None:
+    torch.set_num_threads(threads)
+    next_logits = rotating(dtype, rows, vocab)
+    count = max(1, round(rows * density))
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randperm(rows, generator=generator)[:count].sort().values if count < rows else None
+    targets = torch.randint(vocab, (count,), generator=generator)
+    which = list(range(rows)) if chosen is None else chosen.tolist()
+    executor = executors.setdefault(threads, ThreadPoolExecutor(threads))
+    call: Callable[[torch.Tensor], Any] = {
+        "read": lambda logits: read(executor, logits, which, threads),
+        "cross_entropy": lambda logits: cross_entropy(logits, targets, chosen),
+        "log_softmax": lambda logits: log_softmax(logits, targets, chosen),
+        "ours": lambda logits: ops.token_logprobs(logits, targets, chosen),
+    }[sibling]
+    start = time.perf_counter()
+    call(next_logits())
+    rounds = int(min(200, max(5, 0.2 / (time.perf_counter() - start))))
+    benchmark.group = f"{dtype} V={vocab} rows={rows} density={density:g} threads={threads}"
+    benchmark.pedantic(call, setup=lambda: ((next_logits(),), {}), rounds=rounds, warmup_rounds=1)
+
+    if sibling == "ours":
+        logits = next_logits()
+        own, torchs = ops.token_logprobs(logits, targets, chosen), -log_softmax(logits.float(), targets, chosen)
+        assert (own - torchs).abs().max() < 1e-4
+    seconds = benchmark.stats.stats.min
+    shape = {
+        "dtype": str(dtype)[6:],
+        "threads": threads,
+        "vocab": vocab,
+        "rows": rows,
+        "density": density,
+    }
+    times = _times.setdefault(tuple(shape.values()), {})
+    times[sibling] = seconds
+    row = {
+        **shape,
+        "name": sibling,
+        "microseconds": round(seconds * 1e6, 2),
+        "ns_per_element": round(seconds / (count * vocab) * 1e9, 4),
+        "gb_per_s": round(count * vocab * dtype.itemsize / seconds / 1e9, 2),
+        "bytes": count * vocab * dtype.itemsize,
+        "rounds": rounds,
+    }
+    if sibling == "ours":
+        for name, other in times.items():
+            row[f"{name}_over_ours"] = round(other / seconds, 3)
+        alone = _times.get((shape["dtype"], 1, vocab, rows, density), {}).get("ours")
+        row["one_thread_over_ours"] = round(alone / seconds, 3) if alone else None
+    benchmark.extra_info.update(row)
+    _speed.append(row)
+
+
+def distributions(vocab: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(vocab)
+    dominated = torch.randn(8, vocab)
+    dominated[torch.arange(8), torch.arange(8) * (vocab // 8)] += torch.linspace(5, 60, 8)
+    return {
+        "typical": torch.randn(8, vocab) * 3,
+        "one dominates": dominated,
+        "uniform": torch.linspace(-1, 1, 8)[:, None].expand(8, vocab).contiguous(),
+        "heavy-tailed": torch.tan((torch.rand(8, vocab) - 0.5) * 3.1),
+    }
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_accuracy(isa: str, dtype: torch.dtype) -> None:
+    """Error against float64 at 8 rows of each vocabulary and 64 targets of each row, the dominating ones among them."""
+    _core.select_isa(isa)
+    for kind in distributions(1024):
+        errors, bounds = [], []
+        for vocab in VOCABS:
+            logits = distributions(vocab)[kind].to(dtype)
+            rows = torch.arange(8).repeat_interleave(64)
+            targets = torch.randint(vocab, (512,))
+            targets[::64] = logits.float().argmax(1)
+            exact = logits.double().log_softmax(1)[rows, targets].numpy()
+            errors.append(np.abs(ops.token_logprobs(logits, targets, rows).double().numpy() - exact))
+            bounds.append(np.maximum(1e-5, np.spacing(np.abs(exact).astype(np.float32))))
+        error = np.concatenate(errors)
+        assert (error <= np.concatenate(bounds)).all()
+        row = {"dtype": str(dtype)[6:], "isa": isa, "distribution": kind}
+        _accuracy.append({**row, "max_nats": float(f"{error.max():.2g}"), "mean_nats": float(f"{error.mean():.2g}")})
+
+
+def tables(path: str) -> str:
+    """Short markdown tables of a result file: speed at 512 rows and one row, accuracy of the types."""
+    result = json.loads(Path(path).read_text())
+    ours = [row for row in result["speed"] if row["name"] == "ours" and row["density"] == 1]
+    out = [
+        f"{result['cpu']}, {result['isa']}, torch {result['torch']}, {result['date']}.",
+        "",
+        "| type | V | rows | ns per logit | GB/s | plain read | faster than `cross_entropy`, 8-row chunks "
+        "| than `log_softmax` + gather | 2 threads over 1 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ours:
+        if row["threads"] != 1 or row["rows"] == 16:
+            continue
+        double = next((r for r in ours if r["threads"] == 2 and _same(r, row)), {"one_thread_over_ours": float("nan")})
+        out.append(
+            f"| {row['dtype']} | {row['vocab']:,} | {row['rows']} | {row['ns_per_element']:.3f} "
+            f"| {row['gb_per_s']:.1f} | {1 / row['read_over_ours']:.2f}× | {row['cross_entropy_over_ours']:.1f}× "
+            f"| {row['log_softmax_over_ours']:.1f}× | {double['one_thread_over_ours']:.2f}× |"
+        )
+    kinds = list(dict.fromkeys(row["distribution"] for row in result["accuracy"]))
+    out += ["", "| largest error in nats | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    for dtype, isa in dict.fromkeys((row["dtype"], row["isa"]) for row in result["accuracy"]):
+        cells = [row["max_nats"] for row in result["accuracy"] if (row["dtype"], row["isa"]) == (dtype, isa)]
+        out.append(f"| {dtype}, {isa} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+    return "\n".join(out)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("dtype", "vocab", "rows", "density"))
+
+
+if __name__ == "__main__":
+    print(tables(sys.argv[1]))
