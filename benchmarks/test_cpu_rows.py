@@ -7,8 +7,9 @@
 Siblings of one shape: `ours`; `cross_entropy` in chunks of 8 rows, whose output stays in the cache; `log_softmax` of
 all rows and a gather; `read`, a sum of the bytes that `ours` must read. Where only some rows are scored, torch has to
 copy them first and that is part of its time. Inputs move through half a gigabyte from call to call, so that a call
-finds none of them in the cache. Times are the best of at least five rounds: other work on a shared machine can only add
-to them. malloc is told to keep what torch frees, otherwise page faults double its time.
+finds none of them in the cache, but for the shapes named `cached`. Times are the best of at least five rounds: other
+work on a shared machine can only add to them. malloc is told to keep what torch frees, otherwise page faults double its
+time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +39,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 ELEMENTS = 512 * max(VOCABS)
 SIBLINGS = ["read", "cross_entropy", "log_softmax", "ours"]  # ours comes last, to be compared with the others
 # One row is a decoding step, 16 rows a short response, 512 a batch, larger than the last-level cache. A density below
-# one scores some of the rows, as a response mask does.
-ROWS = [(1, 1.0), (16, 1.0), (16, 0.5), (16, 0.1), (512, 1.0), (512, 0.5), (512, 0.1)]
-SHAPES = [(d, t, v, r, p) for d in DTYPES for t in (1, 2) for v in VOCABS for r, p in ROWS]
+# one scores some of the rows, as a response mask does. A single row also stands in the cache, where the head left it.
+ROWS = [(1, 1.0, True)]
+ROWS += [(rows, density, False) for rows in (1, 16, 512) for density in (1.0, 0.5, 0.1) if rows > 1 or density == 1]
+SHAPES = [(d, t, v, *r) for d in DTYPES for t in (1, 2) for v in VOCABS for r in ROWS]
 
 _times: dict[tuple[Any, ...], dict[str, float]] = {}
 _speed: list[dict[str, Any]] = []
@@ -56,7 +59,8 @@ def results() -> Iterator[None]:
     _core.select_isa(isa)
     if path := os.environ.get("MIWV_RESULTS"):
         header = {
-            "command": f"MIWV_RESULTS={path} pytest {' '.join(sys.argv[1:])}",
+            "command": f"MIWV_RESULTS={path} pytest {shlex.join(sys.argv[1:])}",
+            "real_time_priority": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
             "date": time.strftime("%Y-%m-%d"),
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -100,12 +104,12 @@ def pool(dtype: torch.dtype) -> torch.Tensor:
     return _pool[dtype]
 
 
-def rotating(dtype: torch.dtype, rows: int, vocab: int) -> Callable[[], torch.Tensor]:
-    """Gives another part of the pool at each call."""
+def supply(dtype: torch.dtype, rows: int, vocab: int, cached: bool) -> Callable[[], torch.Tensor]:
+    """Gives another part of the pool at each call, or the same again and again."""
     storage, position, size = pool(dtype), [0], rows * vocab
 
     def next_logits() -> torch.Tensor:
-        start = position[0] if position[0] + size <= ELEMENTS else 0
+        start = position[0] if position[0] + size <= ELEMENTS and not cached else 0
         position[0] = start + size
         return storage[start : start + size].view(rows, vocab)
 
@@ -146,15 +150,15 @@ def log_softmax(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)
 @pytest.mark.parametrize(
-    ("dtype", "threads", "vocab", "rows", "density"),
+    ("dtype", "threads", "vocab", "rows", "density", "cached"),
     SHAPES,
-    ids=[f"{str(d)[6:]}-{t}t-V{v}-{r}rows-{p:g}" for d, t, v, r, p in SHAPES],
+    ids=[f"{str(d)[6:]}-{t}t-V{v}-{r}rows-{p:g}{'-cached' * c}" for d, t, v, r, p, c in SHAPES],
 )
 def test_rows(
-    benchmark: Any, dtype: torch.dtype, threads: int, vocab: int, rows: int, density: float, sibling: str
+    benchmark: Any, dtype: torch.dtype, threads: int, vocab: int, rows: int, density: float, cached: bool, sibling: str
 ) -> None:
     torch.set_num_threads(threads)
-    next_logits = rotating(dtype, rows, vocab)
+    next_logits = supply(dtype, rows, vocab, cached)
     count = max(1, round(rows * density))
     generator = torch.Generator().manual_seed(1)
     chosen = torch.randperm(rows, generator=generator)[:count].sort().values if count < rows else None
@@ -170,7 +174,7 @@ def test_rows(
     start = time.perf_counter()
     call(next_logits())
     rounds = int(min(200, max(5, 0.2 / (time.perf_counter() - start))))
-    benchmark.group = f"{dtype} V={vocab} rows={rows} density={density:g} threads={threads}"
+    benchmark.group = f"{dtype} V={vocab} rows={rows} density={density:g} cached={cached} threads={threads}"
     benchmark.pedantic(call, setup=lambda: ((next_logits(),), {}), rounds=rounds, warmup_rounds=1)
 
     if sibling == "ours":
@@ -184,6 +188,7 @@ def test_rows(
         "vocab": vocab,
         "rows": rows,
         "density": density,
+        "cached": cached,
     }
     times = _times.setdefault(tuple(shape.values()), {})
     times[sibling] = seconds
@@ -199,7 +204,7 @@ def test_rows(
     if sibling == "ours":
         for name, other in times.items():
             row[f"{name}_over_ours"] = round(other / seconds, 3)
-        alone = _times.get((shape["dtype"], 1, vocab, rows, density), {}).get("ours")
+        alone = _times.get((shape["dtype"], 1, vocab, rows, density, cached), {}).get("ours")
         row["one_thread_over_ours"] = round(alone / seconds, 3) if alone else None
     benchmark.extra_info.update(row)
     _speed.append(row)
@@ -253,8 +258,9 @@ def tables(path: str) -> str:
         if row["threads"] != 1 or row["rows"] == 16:
             continue
         double = next((r for r in ours if r["threads"] == 2 and _same(r, row)), {"one_thread_over_ours": float("nan")})
+        rows = f"{row['rows']}{', in cache' * row['cached']}"
         out.append(
-            f"| {row['dtype']} | {row['vocab']:,} | {row['rows']} | {row['ns_per_element']:.3f} "
+            f"| {row['dtype']} | {row['vocab']:,} | {rows} | {row['ns_per_element']:.3f} "
             f"| {row['gb_per_s']:.1f} | {1 / row['read_over_ours']:.2f}× | {row['cross_entropy_over_ours']:.1f}× "
             f"| {row['log_softmax_over_ours']:.1f}× | {double['one_thread_over_ours']:.2f}× |"
         )
@@ -267,7 +273,7 @@ def tables(path: str) -> str:
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one[key] == other[key] for key in ("dtype", "vocab", "rows", "density"))
+    return all(one[key] == other[key] for key in ("dtype", "vocab", "rows", "density", "cached"))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,13 @@
 namespace miwv::cpu {
 namespace {
 
-// A pool thread takes some 5 us to wake, in which one thread reads about this much.
-constexpr int64_t kBytesPerPiece = 128 << 10;
+// A pool thread takes some 5 us to wake, in which one thread reads about 128 KiB: less than four times that isn't
+// shared.
 constexpr int64_t kBytesPerThread = 512 << 10;
+// Neighbouring rows go to one thread, as far as enough pieces are left to even out the ends: at the start of a row that
+// doesn't follow the one before, the hardware prefetcher has to find its feet again.
+constexpr int64_t kPiecesPerThread = 8;
+constexpr int64_t kBytesPerPiece = 4 << 20;
 
 int64_t element_size(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
@@ -70,8 +74,9 @@ class RowReader {
 template <class Work>
 void for_each_token(int64_t num_tokens, int64_t bytes_per_token, int num_threads, const Work& work) {
   const int64_t useful = std::max<int64_t>(1, num_tokens * bytes_per_token / kBytesPerThread);
-  const int64_t grain = std::max<int64_t>(1, kBytesPerPiece / bytes_per_token);
-  parallel_for(num_tokens, grain, static_cast<int>(std::min<int64_t>(num_threads, useful)), work);
+  const int64_t threads = std::min<int64_t>(num_threads, useful);
+  const int64_t grain = std::min(num_tokens / (threads * kPiecesPerThread), kBytesPerPiece / bytes_per_token);
+  parallel_for(num_tokens, std::max<int64_t>(1, grain), static_cast<int>(threads), work);
 }
 
 float mean(const double* values, int64_t begin, int64_t end) {
