@@ -33,10 +33,10 @@ else:
 
 with atheris.instrument_imports(include=["miwv_fast"]) if atheris else nullcontext():
     import miwv_fast.json_array
-    from conftest import TOKENIZERS
     from miwv_fast.records import MalformedRecord, Record, Turn, parse_record, read_records
     from miwv_fast.sources import open_source
     from miwv_fast.templates import Template, load_template
+    from support import TOKENIZERS
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEMPLATES = ("alpaca", "plain", "chat")

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import byte_level, tiny_model
 from miwv_fast.cli import main
+from support import byte_level, tiny_model
 from test_scorer import make_rows
 
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import text_embedder
 from miwv_fast import embedding
 from miwv_fast.embedding import embed
 from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
+from support import text_embedder
 
 QUIET = Progress(False)
 

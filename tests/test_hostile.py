@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fuzz_records
-from conftest import TOKENIZERS
 from miwv_fast import formats, json_array, ops, unpack
 from miwv_fast.records import MalformedRecord, parse_record, read_records
 from miwv_fast.sources import open_source
 from miwv_fast.templates import load_template
 from miwv_fast.tokens import SegmentEncoder
+from support import TOKENIZERS
 
 SEVERAL = settings(max_examples=500, suppress_health_check=list(HealthCheck))
 GOOD = {"instruction": "Add", "input": "", "output": "3"}

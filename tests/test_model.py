@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import byte_level, tiny_model
 from miwv_fast.model import CausalLM, load_model
 from miwv_fast.templates import TokenSequence
+from support import byte_level, tiny_model
 
 
 def sequences(vocab_size: int, count: int = 5) -> list[TokenSequence]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import miwv_fast
-from conftest import byte_level, metaspace, text_embedder, tiny_model, words
+from support import byte_level, metaspace, text_embedder, tiny_model, words
 
 SEPARATOR = "\n\n"
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import miwv_fast
-from conftest import text_embedder
 from miwv_fast.scores import SCHEMA, Scores
+from support import text_embedder
 from test_scorer import make_rows
 
 

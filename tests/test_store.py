@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import miwv_fast
-from conftest import byte_level, text_embedder, tiny_model
 from miwv_fast import job
 from miwv_fast.errors import Interrupted
 from miwv_fast.runner import Runner
 from miwv_fast.store import run_status
+from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
 
 ROWS = make_rows("alpaca", 40)

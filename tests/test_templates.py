@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from conftest import byte_level, metaspace
 from miwv_fast.records import Record, parse_record
 from miwv_fast.templates import CHAT_DATE, load_template
 from miwv_fast.tokens import SegmentEncoder
+from support import byte_level, metaspace
 
 ALPACA_HEAD = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

@@ -1,0 +1,147 @@
+"""Tokenizers of three kinds, tiny models of four architectures, texts and embeddings: all made here."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:\nName three colors.\n\n### Input:\nred and blue\n\n### Response:\n",
+    "User: What is the capital of France?\nAssistant:\nThe capital of France is Paris.\n\n",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
+    "Grüße aus Köln, ça va très bien, 日本語のテキスト",
+]
+
+
+def _specials(tokenizer: Tokenizer) -> None:
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+
+
+def _wrap(tokenizer: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+def byte_level(bos_and_eos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, in the manner of GPT-2; adds BOS and EOS to every text where asked."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    _specials(tokenizer)
+    if not bos_and_eos:
+        return _wrap(tokenizer, eos_token="<|im_end|>")
+    ids = [("<s>", tokenizer.token_to_id("<s>")), ("</s>", tokenizer.token_to_id("</s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return _wrap(tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """BPE with byte fallback that puts a blank before every text, in the manner of Llama-2; adds BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=260, initial_alphabet=list(string.ascii_letters))
+    )
+    spec = json.loads(tokenizer.to_str())
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *spec["model"]["vocab"]]
+    # SentencePiece writes a newline as a byte; a merge across it would hide the boundary that anchors rely on.
+    pieces = [piece for piece in pieces if "\n" not in piece]
+    spec["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}
+    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if not any("\n" in side for side in pair)]
+    spec["model"].update(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>")])
+    _specials(tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return _wrap(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte_level": byte_level,
+    "metaspace": metaspace,
+    "bos_and_eos": lambda: byte_level(bos_and_eos=True),
+}
+
+
+def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0) -> Any:
+    """A model with random weights, large enough for its predictions to be far from uniform."""
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
+    llama_like = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": max_length,
+        "initializer_range": 0.3,
+        "pad_token_id": None,
+    }
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=max_length, initializer_range=0.3, **common
+        )
+    else:
+        configs = {
+            "llama": transformers.LlamaConfig,
+            "qwen3": transformers.Qwen3Config,
+            "gemma2": transformers.Gemma2Config,
+        }
+        config = configs[kind](**llama_like, **common)
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def words(random_state: random.Random, count: int) -> str:
+    """Text with blanks, newlines, digits, umlauts and emoji in it."""
+    vocabulary = [
+        "red",
+        "blue",
+        "Paris",
+        "add",
+        "three",
+        "is",
+        "the",
+        "42",
+        "Grüße",
+        "日本",
+        "\n",
+        "a,b",
+        "😀",
+        "  x",
+        ".",
+    ]
+    return " ".join(random_state.choice(vocabulary) for _ in range(count)).strip() or "red"
+
+
+def text_embedder(texts: list[str]) -> np.ndarray:
+    """Letter counts: similar for similar texts, the same on every machine."""
+    counts = np.zeros((len(texts), 64), np.float32)
+    for row, text in enumerate(texts):
+        for letter in text:
+            counts[row, ord(letter) % 64] += 1
+    return counts
