@@ -6,11 +6,11 @@
 // give its functions the target attribute of its argument.
 //
 // There is no pass for the maximum: any r is exact as long as no exponential overflows. The first block is scanned,
-// which leaves it in the L1 cache, and a block that overflows is done again with its own maximum. A row reads sizeof(T)
-// bytes per element from memory and does 9 (AVX-512) to 15 operations on it. Element v goes to a lane given by v mod
-// kGroup, and blocks are added in order, so the result depends on the values and V alone. Lanes are summed in float
-// within a block and in double between blocks: at most kBlock / kGroup float additions meet in one lane, however long
-// the row.
+// which leaves it in the L1 cache, and a block that overflows is done again with its own maximum. An element costs
+// sizeof(T) bytes from memory and 9 (AVX-512), 12 (AVX2) or 22 (no fused multiply-add) operations. Element v goes to a
+// lane given by v mod kGroup, and blocks are added in order, so the result depends on the values and V alone. Lanes are
+// summed in float within a block and in double between blocks: at most kBlock / kGroup float additions meet in one
+// lane, however long the row.
 
 template <class T>
 MIWV_TARGET MIWV_INLINE float block_max(const T* block, int64_t groups) {
