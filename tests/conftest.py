@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
+from miwv_fast import _core
 from support import TOKENIZERS, byte_level, tiny_model
 
 # Two shared cores draw slowly at times; that says nothing about the property under test.
@@ -22,6 +24,14 @@ settings.load_profile("miwv")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=20, help="how many runs are killed at random moments")
+
+
+@pytest.fixture(autouse=True)
+def instruction_set() -> Iterator[None]:
+    """Whatever a test selects, the next one begins with what this process began with."""
+    before = _core.isa()
+    yield
+    _core.select_isa(before)
 
 
 @pytest.fixture(scope="session", params=TOKENIZERS)
