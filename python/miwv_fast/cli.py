@@ -148,15 +148,20 @@ def main() -> None:
     try:
         app()
     except Interrupted as stop:
-        typer.echo(f"miwv-fast: {stop}; this goes on: miwv-fast {shlex.join(sys.argv[1:])}", err=True)
+        typer.echo(f"miwv-fast: {stop}; this goes on: {_resume_command()}", err=True)
         sys.exit(130)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("MIWV_TRACEBACK"):
             raise
         typer.echo(f"miwv-fast: error: {error}", err=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            typer.echo(f"miwv-fast: with more room this goes on: miwv-fast {shlex.join(sys.argv[1:])}", err=True)
+            typer.echo(f"miwv-fast: with more room this goes on: {_resume_command()}", err=True)
         sys.exit(2)
+
+
+def _resume_command() -> str:
+    """The command of this process without --fresh, which would move aside what is to go on."""
+    return shlex.join(["miwv-fast", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
 
 
 def _read_embeddings(path: str) -> Any:

@@ -52,11 +52,12 @@ class Run:
         self.manifest = json.loads(json.dumps(dict(manifest)))
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {folder} is a file; give a folder for the run")
-        if not resume and folder.exists():
-            _move_aside(folder)
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if there - {"lock"} and "manifest.json" not in there:
             raise ValueError(f"output {folder} holds other files than a run; give another folder")
+        if not resume and there:
+            _lock(folder).close()  # nobody may be writing what is moved away
+            _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
         try:
