@@ -46,6 +46,7 @@ class Stubborn(torch.nn.Module):
     def __init__(self, inner, wrong: bool):
         super().__init__()
         self.inner, self.config, self.device, self.wrong = inner, inner.config, inner.device, wrong
+        self.dtype = inner.dtype
         self.forward = self.with_keyword if wrong else self.without_keyword
 
     def with_keyword(self, input_ids, attention_mask, use_cache, logits_to_keep=None):

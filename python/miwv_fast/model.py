@@ -204,7 +204,8 @@ class CausalLM:
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             _log.debug("%s cannot share prefixes: %s", self.name, error)
             return 0
-        if not _agree(behind, self.response_nll(whole)):
+        # The losses are float32, their rounding is that of the model's type.
+        if not _agree(behind, self.response_nll(whole), self.model.dtype):
             return 0
         kept = sum(tensor.nbytes for layer in prefixes.layers for tensor in layer)
         self.cache_bytes_per_token = kept // prefixes.layers[0][0].shape[0] // prefixes.layers[0][0].shape[2]
@@ -212,12 +213,12 @@ class CausalLM:
         return min([window - 1 for window in windows], default=sys.maxsize)
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     """Equal up to the rounding of products of another shape; logits of another position differ by far more."""
     if a.shape != b.shape:
         return False
-    unit = torch.finfo(a.dtype).eps * float(b.abs().max())
-    return bool((a - b).abs().max() <= 64 * unit)
+    eps = torch.finfo(dtype or a.dtype).eps
+    return bool((a - b).abs().max() <= (64 if eps < 1e-4 else 8) * eps * float(b.abs().max()))
 
 
 def load_model(
