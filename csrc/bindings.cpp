@@ -22,15 +22,17 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (data, dtype, num_rows, vocab, row_stride, rows_per_batch, batch_stride) as ops.py packs it.
+// (data, dtype, num_rows, vocab, row_stride, rows_per_batch, batch_stride[, scale, softcap]) as ops packs it.
 Logits unpack_logits(const py::tuple& t) {
-  return {pointer<const void>(t[0].cast<uintptr_t>()),
-          static_cast<DType>(t[1].cast<int>()),
-          t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(),
-          t[4].cast<int64_t>(),
-          t[5].cast<int64_t>(),
-          t[6].cast<int64_t>()};
+  Logits logits{pointer<const void>(t[0].cast<uintptr_t>()),
+                static_cast<DType>(t[1].cast<int>()),
+                t[2].cast<int64_t>(),
+                t[3].cast<int64_t>(),
+                t[4].cast<int64_t>(),
+                t[5].cast<int64_t>(),
+                t[6].cast<int64_t>()};
+  if (t.size() > 7) logits.transform = {t[7].cast<float>(), t[8].cast<float>()};
+  return logits;
 }
 
 void cpu_token_logprobs(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, uintptr_t out,
@@ -68,6 +70,37 @@ void cpu_response_nll_difference(const py::tuple& one_shot, const py::tuple& zer
                                       pointer<float>(out)};
   py::gil_scoped_release release;
   miwv::cpu::response_nll_difference(params, num_threads);
+}
+
+void cpu_add_partials(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, int64_t first,
+                      bool begin, uintptr_t partials, int num_threads) {
+  const miwv::PartialParams params{unpack_logits(logits),
+                                   pointer<const int64_t>(rows),
+                                   pointer<const int64_t>(targets),
+                                   num_tokens,
+                                   first,
+                                   begin,
+                                   pointer<miwv::Partial>(partials)};
+  py::gil_scoped_release release;
+  miwv::cpu::add_partials(params, num_threads);
+}
+
+miwv::CombineParams pack_combine(uintptr_t partials, uintptr_t minus, int64_t num_slices, int64_t num_tokens,
+                                 uintptr_t offsets, int64_t num_responses, uintptr_t out) {
+  return {pointer<const miwv::Partial>(partials),
+          pointer<const miwv::Partial>(minus),
+          num_slices,
+          num_tokens,
+          pointer<const int64_t>(offsets),
+          num_responses,
+          pointer<float>(out)};
+}
+
+void cpu_combine_partials(uintptr_t partials, uintptr_t minus, int64_t num_slices, int64_t num_tokens,
+                          uintptr_t offsets, int64_t num_responses, uintptr_t out) {
+  const auto params = pack_combine(partials, minus, num_slices, num_tokens, offsets, num_responses, out);
+  py::gil_scoped_release release;
+  miwv::cpu::combine_partials(params);
 }
 
 double cpu_read(uintptr_t data, int64_t bytes) {
@@ -127,6 +160,28 @@ void cuda_response_nll_difference(const py::tuple& one_shot, const py::tuple& ze
   py::gil_scoped_release release;
   miwv::cuda::response_nll_difference(params, where);
 }
+
+void cuda_add_partials(const py::tuple& logits, uintptr_t rows, uintptr_t targets, int64_t num_tokens, int64_t first,
+                       bool begin, uintptr_t partials, const py::tuple& launch) {
+  const miwv::PartialParams params{unpack_logits(logits),
+                                   pointer<const int64_t>(rows),
+                                   pointer<const int64_t>(targets),
+                                   num_tokens,
+                                   first,
+                                   begin,
+                                   pointer<miwv::Partial>(partials)};
+  const miwv::cuda::Launch where = unpack_launch(launch);
+  py::gil_scoped_release release;
+  miwv::cuda::add_partials(params, where);
+}
+
+void cuda_combine_partials(uintptr_t partials, uintptr_t minus, int64_t num_slices, int64_t num_tokens,
+                           uintptr_t offsets, int64_t num_responses, uintptr_t out, const py::tuple& launch) {
+  const auto params = pack_combine(partials, minus, num_slices, num_tokens, offsets, num_responses, out);
+  const miwv::cuda::Launch where = unpack_launch(launch);
+  py::gil_scoped_release release;
+  miwv::cuda::combine_partials(params, where);
+}
 #endif
 
 }  // namespace
@@ -146,10 +201,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("cpu_token_logprobs", &cpu_token_logprobs);
   m.def("cpu_response_nll", &cpu_response_nll);
   m.def("cpu_response_nll_difference", &cpu_response_nll_difference);
+  m.def("cpu_add_partials", &cpu_add_partials);
+  m.def("cpu_combine_partials", &cpu_combine_partials);
 #ifdef MIWV_HAVE_CUDA
   m.def("cuda_scratch_bytes", &cuda_scratch_bytes);
   m.def("cuda_token_logprobs", &cuda_token_logprobs);
   m.def("cuda_response_nll", &cuda_response_nll);
   m.def("cuda_response_nll_difference", &cuda_response_nll_difference);
+  m.def("cuda_add_partials", &cuda_add_partials);
+  m.def("cuda_combine_partials", &cuda_combine_partials);
 #endif
 }

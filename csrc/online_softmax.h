@@ -1,12 +1,10 @@
-// A softmax denominator as it stands while a row streams by, and the log-probability it ends in; host and device.
+// A softmax denominator over some of the entries of a row, how two are put together, and the log-probability it ends
+// in; host and device.
 //
-// Exponentials are taken to base 2 of logits scaled by kLog2E:
+//   log sum_v exp(x[v]) = max + log(sum),     log p(t) = x[t] - max - log(sum)
 //
-//   sum_v 2^(kLog2E * x[v]) = sum * 2^reference,     log p(t) = (kLog2E * x[t] - reference - log2(sum)) / kLog2E
-//
-// kLog2E is a float and is off by 1e-8. Used for the sum and for the target alike, it only scales *differences* of
-// logits by that much, so large logits lose nothing. Milakov and Gimelshein, "Online normalizer calculation for
-// softmax", arXiv 1805.02867, section 3, is the source of the running reference.
+// Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, section 3, is the source of
+// the running maximum.
 #pragma once
 
 #include <cmath>
@@ -15,17 +13,24 @@
 
 namespace miwv {
 
+// Kernels take exponentials to base 2. As a float it is off by 1e-8, which scales differences of logits by that much.
 constexpr float kLog2E = 1.44269504088896341f;
 
 struct SoftmaxSum {
-  double reference;
-  double sum;  // NaN for a row that has no softmax: NaN or +inf in it, or nothing but -inf
+  double max;  // a number near the largest logit; means nothing where the sum is 0
+  double sum;  // 0 where all is -inf, NaN where there is NaN or +inf
 };
 
+MIWV_HOST_DEVICE inline SoftmaxSum combine(const SoftmaxSum& a, const SoftmaxSum& b) {
+  if (a.sum == 0) return b;
+  if (b.sum == 0) return a;
+  const double max = a.max > b.max ? a.max : b.max;
+  return {max, a.sum * exp(a.max - max) + b.sum * exp(b.max - max)};
+}
+
 MIWV_HOST_DEVICE inline double log_probability(const SoftmaxSum& row, double target_logit) {
-  const double scaled = target_logit * static_cast<double>(kLog2E) - row.reference;
-  const double result = (scaled - log2(row.sum)) / static_cast<double>(kLog2E);
-  return result > 0 ? 0 : result;  // rounding can lift a certain token above 0; NaN passes
+  const double result = (target_logit - row.max) - log(row.sum);
+  return row.sum == 0 ? NAN : result > 0 ? 0 : result;  // rounding can lift a certain token above 0; NaN passes
 }
 
 }  // namespace miwv

@@ -29,19 +29,4 @@ struct Float16 {
   }
 };
 
-template <class T>
-constexpr T minus_infinity();
-template <>
-constexpr float minus_infinity<float>() {
-  return -__builtin_inff();
-}
-template <>
-constexpr BFloat16 minus_infinity<BFloat16>() {
-  return {0xff80};
-}
-template <>
-constexpr Float16 minus_infinity<Float16>() {
-  return {0xfc00};
-}
-
 }  // namespace miwv::cpu

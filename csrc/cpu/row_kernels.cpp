@@ -1,5 +1,5 @@
-// log p(target) by one row, for three types and every instruction set, in one translation unit: functions carry target
-// attributes, so no compiler flag can leak an instruction into code that runs before the choice is made.
+// The softmax denominator of one row, for three types and every instruction set, in one translation unit: functions
+// carry target attributes, so no compiler flag can leak an instruction into code that runs before the choice is made.
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -21,17 +21,17 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // For rows that the vector kernels leave alone: +inf, or finite logits near the largest float. Two passes in double.
 template <class T>
-SoftmaxSum row_sum_exact(const T* row, int64_t vocab) {
+SoftmaxSum row_sum_exact(const T* row, int64_t vocab, const LogitTransform& transform) {
   double top = -std::numeric_limits<double>::infinity();
   for (int64_t v = 0; v < vocab; ++v) {
-    const double x = static_cast<float>(row[v]);
+    const double x = transform_logit(static_cast<float>(row[v]), transform);
     if (!(x < std::numeric_limits<double>::infinity())) return {0, kNaN};
     top = std::max(top, x);
   }
+  if (top == -std::numeric_limits<double>::infinity()) return {0, 0};
   double sum = 0;
-  for (int64_t v = 0; v < vocab; ++v)
-    sum += std::exp2((static_cast<float>(row[v]) - top) * static_cast<double>(kLog2E));
-  return {top * static_cast<double>(kLog2E), sum};
+  for (int64_t v = 0; v < vocab; ++v) sum += std::exp(transform_logit(static_cast<float>(row[v]), transform) - top);
+  return {top, sum};
 }
 
 }  // namespace
@@ -46,8 +46,7 @@ SoftmaxSum row_sum_exact(const T* row, int64_t vocab) {
 namespace miwv::cpu {
 namespace {
 
-#define MIWV_ROW_KERNELS(isa) \
-  {#isa, isa::row_logprob<float>, isa::row_logprob<BFloat16>, isa::row_logprob<Float16>, isa::read}
+#define MIWV_ROW_KERNELS(isa) {#isa, isa::row_sum<float>, isa::row_sum<BFloat16>, isa::row_sum<Float16>, isa::read}
 
 // Least first.
 constexpr RowKernels kRowKernels[] = {

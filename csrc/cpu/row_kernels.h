@@ -5,19 +5,20 @@
 #include <string>
 #include <vector>
 
+#include "../online_softmax.h"
 #include "../rows.h"
 
 namespace miwv::cpu {
 
-// log p(target) by one row of `vocab` adjacent logits.
-using RowLogprob = double (*)(const void* row, int64_t vocab, int64_t target);
+// The softmax denominator of `vocab` adjacent logits.
+using RowSum = SoftmaxSum (*)(const void* row, int64_t vocab, const LogitTransform& transform);
 
 struct RowKernels {
   const char* isa;
-  RowLogprob float32, bfloat16, float16;
+  RowSum float32, bfloat16, float16;
   double (*read)(const void* data, int64_t bytes);  // a plain sum, to compare with
 
-  RowLogprob logprob(DType dtype) const {
+  RowSum row_sum(DType dtype) const {
     return dtype == DType::kFloat32 ? float32 : dtype == DType::kBFloat16 ? bfloat16 : float16;
   }
 };

@@ -9,5 +9,7 @@ namespace miwv::cpu {
 void token_logprobs(const TokenParams& params, int num_threads);
 void response_nll(const ResponseParams& params, int num_threads);
 void response_nll_difference(const DifferenceParams& params, int num_threads);
+void add_partials(const PartialParams& params, int num_threads);
+void combine_partials(const CombineParams& params);
 
 }  // namespace miwv::cpu

@@ -21,6 +21,20 @@ struct Simd {
 
   MIWV_TARGET MIWV_INLINE static Float broadcast(float value) { return _mm256_set1_ps(value); }
   MIWV_TARGET MIWV_INLINE static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  MIWV_TARGET MIWV_INLINE static Float below(Float x, float limit, Float yes, Float no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ));
+  }
+  MIWV_TARGET MIWV_INLINE static Float exponent_from_low_bits(Float x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+  }
+  // Of two operands one of which is NaN, the instructions give the second.
+  MIWV_TARGET MIWV_INLINE static Float max_or_nan(Float bound, Float x) { return _mm256_max_ps(bound, x); }
+  MIWV_TARGET MIWV_INLINE static Float min_or_nan(Float bound, Float x) { return _mm256_min_ps(bound, x); }
+  MIWV_TARGET MIWV_INLINE static Float max_but_nan(Float top, Float x) { return _mm256_max_ps(x, top); }
 
   MIWV_TARGET MIWV_INLINE static void load_pair(const float* p, Float& first, Float& second) {
     first = _mm256_loadu_ps(p);
@@ -41,8 +55,8 @@ struct Simd {
   MIWV_TARGET MIWV_INLINE static double base2(float reference) { return reference; }
   MIWV_TARGET MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p13f; }
   template <class T>
-  static SoftmaxSum fallback(const T* row, int64_t vocab) {
-    return generic::row_sum(row, vocab);
+  static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
+    return generic::row_sum<T>(row, vocab, transform);
   }
 
   struct Shift {
@@ -65,12 +79,12 @@ struct Simd {
   // costs nothing: it is t rounded once, with another constant, less n. i stands in the low bits of `rounded`. Shifted
   // by 20, its upper part falls on the exponent and its lower three bits below it, which the table of kScale * 2^(j/8)
   // takes off again. t is held in [-120, 64], where this can't wrap: 2^-120 is nothing beside the sum, 2^64 is seen as
-  // overflow. NaN passes: of two operands one of which is NaN, max and min give the second.
+  // overflow. NaN passes.
   template <bool kMasked>
   MIWV_TARGET MIWV_INLINE static Float add_exp2(Float sum, Float x, const Shift& shift) {
     alignas(32) static constexpr int32_t kPowers[8] = {0x3d634696, 0x3d67d890, 0x3d672393, 0x3d635ebe,
                                                        0x3d60b54d, 0x3d5f40e8, 0x3d5f1d87, 0x3d6069ab};
-    x = _mm256_min_ps(shift.highest, _mm256_max_ps(shift.lowest, x));
+    x = min_or_nan(shift.highest, max_or_nan(shift.lowest, x));
     const Float log2e = _mm256_set1_ps(kLog2E);
     const Float rounded = _mm256_fmadd_ps(x, log2e, shift.round);
     const Float n = _mm256_sub_ps(rounded, _mm256_set1_ps(kRound));
@@ -85,7 +99,6 @@ struct Simd {
   static constexpr float kLinear = 6.242153258551f;
   static constexpr float kConstant = 6.005560469489846f;
 
-  MIWV_TARGET MIWV_INLINE static Float max_but_nan(Float top, Float x) { return _mm256_max_ps(x, top); }
   MIWV_TARGET MIWV_INLINE static float horizontal_max(Float v) {
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, v);

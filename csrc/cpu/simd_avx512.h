@@ -21,6 +21,20 @@ struct Simd {
 
   MIWV_TARGET MIWV_INLINE static Float broadcast(float value) { return _mm512_set1_ps(value); }
   MIWV_TARGET MIWV_INLINE static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  MIWV_TARGET MIWV_INLINE static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  MIWV_TARGET MIWV_INLINE static Float below(Float x, float limit, Float yes, Float no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_LT_OQ), no, yes);
+  }
+  MIWV_TARGET MIWV_INLINE static Float exponent_from_low_bits(Float x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+  }
+  // Of two operands one of which is NaN, the instructions give the second.
+  MIWV_TARGET MIWV_INLINE static Float max_or_nan(Float bound, Float x) { return _mm512_max_ps(bound, x); }
+  MIWV_TARGET MIWV_INLINE static Float min_or_nan(Float bound, Float x) { return _mm512_min_ps(bound, x); }
+  MIWV_TARGET MIWV_INLINE static Float max_but_nan(Float top, Float x) { return _mm512_max_ps(x, top); }
 
   MIWV_TARGET MIWV_INLINE static void load_pair(const float* p, Float& first, Float& second) {
     first = _mm512_loadu_ps(p);
@@ -43,8 +57,8 @@ struct Simd {
   MIWV_TARGET MIWV_INLINE static double base2(float reference) { return reference; }
   MIWV_TARGET MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p13f; }
   template <class T>
-  static SoftmaxSum fallback(const T* row, int64_t vocab) {
-    return generic::row_sum(row, vocab);
+  static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
+    return generic::row_sum<T>(row, vocab, transform);
   }
 
   struct Shift {
@@ -79,8 +93,6 @@ struct Simd {
   }
   static constexpr float kSquare = 2.081116307801854f;
 
-  // Of two operands one of which is NaN, the instruction gives the second: here the maximum so far, above NaN itself.
-  MIWV_TARGET MIWV_INLINE static Float max_but_nan(Float top, Float x) { return _mm512_max_ps(x, top); }
   MIWV_TARGET MIWV_INLINE static float horizontal_max(Float v) { return _mm512_reduce_max_ps(v); }
   MIWV_TARGET MIWV_INLINE static bool all_at_most(Float v, float limit) {
     return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0;

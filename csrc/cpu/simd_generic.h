@@ -35,6 +35,14 @@ struct Simd {
 
   MIWV_INLINE static Float broadcast(float value) { return Float{value, value, value, value}; }
   MIWV_INLINE static Float add(Float a, Float b) { return a + b; }
+  MIWV_INLINE static Float sub(Float a, Float b) { return a - b; }
+  MIWV_INLINE static Float mul(Float a, Float b) { return a * b; }
+  MIWV_INLINE static Float div(Float a, Float b) { return a / b; }
+  MIWV_INLINE static Float fma(Float a, Float b, Float c) { return a * b + c; }
+  MIWV_INLINE static Float below(Float x, float limit, Float yes, Float no) { return x < broadcast(limit) ? yes : no; }
+  MIWV_INLINE static Float exponent_from_low_bits(Float x) {
+    return reinterpret_cast<Float>(reinterpret_cast<UInt4>(x) << 23);
+  }
 
   template <class To, class From>
   MIWV_INLINE static To load(const From* p) {
@@ -72,8 +80,8 @@ struct Simd {
   MIWV_INLINE static double base2(float reference) { return reference * static_cast<double>(kLog2E); }
   MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p126f; }
   template <class T>
-  static SoftmaxSum fallback(const T* row, int64_t vocab) {
-    return row_sum_exact(row, vocab);
+  static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
+    return row_sum_exact(row, vocab, transform);
   }
 
   struct Shift {
@@ -97,7 +105,7 @@ struct Simd {
     const Float middle = f * broadcast(0.0555071309f) + broadcast(0.240221202f);
     const Float high = f * broadcast(0.00132764725f) + broadcast(0.00967554096f);
     const Float p = (high * square + middle) * square + low;
-    return p * reinterpret_cast<Float>(reinterpret_cast<UInt4>(rounded) << 23) + sum;
+    return p * exponent_from_low_bits(rounded) + sum;
   }
 
 #if defined(__SSE2__)  // what the comparisons below mean, but compilers spend four instructions on them

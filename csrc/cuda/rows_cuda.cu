@@ -21,6 +21,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../check.h"
 #include "streaming.cuh"
@@ -47,12 +48,24 @@ struct SweepParams {
   const int64_t* rows[2];  // or null
   const int64_t* targets;
   int64_t num_tokens;
+  int64_t first;  // the first entry of the rows has this number among the targets
+  float inner;    // Transformed::inner
   uint32_t body;  // vectors in it
   uint32_t slices;
   uint32_t slice_vectors;
-  float* out;               // [num_tokens], or null and
+  // Where a row's result goes, one of them:
+  float* out;               // [num_tokens]
   double* logprobs;         // [sides][num_tokens]
+  Partial* added;           // [num_tokens], added to unless
+  bool begin;               // they hold nothing yet
   OnlineSoftmax* partials;  // [sides][num_tokens][slices * kWarps] where rows are split, otherwise null
+};
+
+struct CombineSlicesParams {
+  const Partial* partials[2];  // [num_slices][num_tokens]; the second is null where blockIdx.y is 0 only
+  int64_t num_slices;
+  int64_t num_tokens;
+  double* logprobs;  // [sides][num_tokens]
 };
 
 struct ReduceParams {
@@ -67,8 +80,8 @@ struct ReduceParams {
 
 template <class D>
 struct Target {
-  const typename D::Raw* row;  // null where the row or the target does not exist
-  int64_t index;
+  const typename D::Raw* row;  // null where the row does not exist, or the target, unless it may lie in another slice
+  int64_t index;               // -1 where it lies in another slice
 };
 
 template <class D>
@@ -77,8 +90,9 @@ __device__ __forceinline__ Target<D> locate(const SweepParams& p, int side, int6
   const Logits logits = side == 0 ? p.logits[0] : p.logits[1];
   const int64_t* const rows = side == 0 ? p.rows[0] : p.rows[1];
   const int64_t row = rows ? rows[token] : token;
-  const int64_t index = p.targets[token];
-  if (row < 0 || row >= logits.num_rows || index < 0 || index >= logits.vocab) return {nullptr, 0};
+  int64_t index = p.targets[token] - p.first;
+  if (index < 0 || index >= logits.vocab) index = -1;
+  if (row < 0 || row >= logits.num_rows || (index < 0 && !p.added)) return {nullptr, 0};
   const int64_t offset = logits.num_rows == logits.rows_per_batch ? row * logits.row_stride : logits.row_offset(row);
   return {static_cast<const typename D::Raw*>(logits.data) + offset, index};
 }
@@ -91,15 +105,39 @@ __device__ __forceinline__ OnlineSoftmax* block_partials() {
   return shared_partials;
 }
 
-__device__ __forceinline__ void write_logprob(const SweepParams& p, int side, int64_t token, double logprob) {
-  if (p.out)
-    p.out[token] = static_cast<float>(logprob);
+// Adds a slice of the vocabulary to a token's partial.
+__device__ __forceinline__ void add_partial(Partial& whole, bool begin, const OnlineSoftmax& slice, float target) {
+  Partial old = {-FLT_MAX, 0, NAN};
+  if (!begin) old = whole;
+  const float old_max = static_cast<float>(old.max), max = fmaxf(old_max, slice.max);
+  const float grown = static_cast<float>(old.sum) * exp_relative(old_max, max);
+  whole = {max, fmaf(slice.sum, exp_relative(slice.max, max), grown), isnan(target) ? old.target : target};
+}
+
+__device__ __forceinline__ void write_row(const SweepParams& p, int side, int64_t token, const OnlineSoftmax& row,
+                                          float target) {
+  if (p.added)
+    add_partial(p.added[token], p.begin, row, target);
+  else if (p.out)
+    p.out[token] = static_cast<float>(log_probability(row, target));
   else
-    p.logprobs[side * p.num_tokens + token] = logprob;
+    p.logprobs[side * p.num_tokens + token] = log_probability(row, target);
+}
+
+__device__ __forceinline__ void write_bad_row(const SweepParams& p, int side, int64_t token) {
+  write_row(p, side, token, {-FLT_MAX, NAN}, NAN);
+}
+
+template <class Map>
+__device__ __forceinline__ Map make_map(const SweepParams& p) {
+  if constexpr (std::is_same_v<Map, Plain>)
+    return {};
+  else
+    return {p.logits[0].transform, p.inner};
 }
 
 // kGroup threads do a row: a warp, or a block. blockIdx is (row or rows, slice where rows are split, side).
-template <class D, uint32_t kGroup>
+template <class D, class Map, uint32_t kGroup>
 __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __grid_constant__ SweepParams p) {
   using Raw = typename D::Raw;
   constexpr uint32_t kPerVector = 16 / sizeof(Raw);
@@ -111,13 +149,14 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
   if (token >= p.num_tokens) return;
   const Target<D> target = locate<D>(p, side, token);
   if (!target.row) {  // for all threads of the group alike
-    if (t == 0 && !p.partials) write_logprob(p, side, token, NAN);
+    if (t == 0 && !p.partials) write_bad_row(p, side, token);
     return;
   }
 
   // The scalar loads go first, and wait unconverted until the vectors are done.
+  const Map map = make_map<Map>(p);
   Raw target_raw{}, peeled_raw{};
-  if (t == 0 && !p.partials) target_raw = load_one(target.row + target.index);
+  if (t == 0 && !p.partials && target.index >= 0) target_raw = load_one(target.row + target.index);
   const uint32_t vocab = static_cast<uint32_t>(p.logits[0].vocab);
   const uint32_t peeled = vocab - p.body * kPerVector;
   const bool has_peeled = t < peeled && blockIdx.y + 1 == gridDim.y;  // they go with the last slice
@@ -131,12 +170,12 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
     acc = OnlineSoftmax();
     const uint32_t begin = slice * p.slice_vectors, end = min(begin + p.slice_vectors, p.body);
     if (past == 0)
-      add_share<D, kGroup, true>(acc, aligned, begin + t, end, 0);
+      add_share<D, Map, kGroup, true>(acc, aligned, begin + t, end, 0, map);
     else
-      add_share<D, kGroup, false>(acc, aligned, begin + t, end, past);
+      add_share<D, Map, kGroup, false>(acc, aligned, begin + t, end, past, map);
     if (has_peeled && slice + 1 == p.slices) {
       hold(peeled_raw);
-      add_logit(acc, D::from_raw(peeled_raw));
+      add_logit(acc, map(D::from_raw(peeled_raw)));
     }
     acc = warp_combine(acc);
     if constexpr (kGroup == kThreads) {
@@ -157,28 +196,43 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
   }
   if (t == 0) {
     hold(target_raw);
-    write_logprob(p, side, token, log_probability(acc, D::from_raw(target_raw)));
+    write_row(p, side, token, acc, target.index < 0 ? NAN : map(D::from_raw(target_raw)));
   }
 }
 
 // The end of rows that were split: a warp does a row. blockIdx is (rows, 0, side).
-template <class D>
+template <class D, class Map>
 __global__ void __launch_bounds__(kThreads) combine_rows(const __grid_constant__ SweepParams p) {
-  using Raw = typename D::Raw;
   const int side = blockIdx.z;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= p.num_tokens) return;
   const Target<D> target = locate<D>(p, side, token);
   const bool first = threadIdx.x % 32 == 0;
   if (!target.row) {
-    if (first) write_logprob(p, side, token, NAN);
+    if (first) write_bad_row(p, side, token);
     return;
   }
-  Raw target_raw{};
-  if (first) target_raw = load_one(target.row + target.index);
+  float logit = NAN;
+  if (first && target.index >= 0) logit = make_map<Map>(p)(D::from_raw(load_one(target.row + target.index)));
   const uint32_t count = p.slices * kWarps;
   const OnlineSoftmax row = combine_partials(p.partials + (side * p.num_tokens + token) * count, count);
-  if (first) write_logprob(p, side, token, log_probability(row, D::from_raw(target_raw)));
+  if (first) write_row(p, side, token, row, logit);
+}
+
+// The log-probability of a token from its partials over slices of the vocabulary; a thread does a token. blockIdx is
+// (tokens, side).
+__global__ void __launch_bounds__(kThreads) combine_slices(const __grid_constant__ CombineSlicesParams p) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (token >= p.num_tokens) return;
+  const Partial* const partials = blockIdx.y == 0 ? p.partials[0] : p.partials[1];
+  SoftmaxSum sum{0, 0};
+  double target = NAN;
+  for (int64_t s = 0; s < p.num_slices; ++s) {
+    const Partial slice = partials[s * p.num_tokens + token];
+    sum = combine(sum, {slice.max, slice.sum});
+    if (!isnan(slice.target)) target = slice.target;
+  }
+  p.logprobs[blockIdx.y * p.num_tokens + token] = log_probability(sum, target);
 }
 
 // The mean of plus - minus over the tokens of a response; a block does a response.
@@ -259,25 +313,35 @@ void check_sizes(const Logits& logits, int64_t num_tokens) {
   MIWV_CHECK(num_tokens < INT_MAX, "targets have ", num_tokens, " entries, on CUDA they must have less than 2^31 - 1");
 }
 
+template <class D, class Map>
+void sweep_rows_of(const SweepParams& p, int sides, bool split, const Launch& launch) {
+  const unsigned tokens = static_cast<unsigned>(p.num_tokens), by_warps = (tokens + kWarps - 1) / kWarps;
+  if (p.body <= kOneWarpVectors)
+    start(&sweep<D, Map, 32>, dim3(by_warps, 1, sides), kThreads, launch, p);
+  else
+    start(&sweep<D, Map, kThreads>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
+  if (split) start(&combine_rows<D, Map>, dim3(by_warps, 1, sides), kThreads, launch, p);
+}
+
 // Fills in how and where, and launches what gives p.out or p.logprobs.
 void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
   if (p.num_tokens == 0) return;
   divide(p, p.logits[0]);
+  const LogitTransform& transform = p.logits[0].transform;
+  p.inner = transform.softcap > 0 ? transform.scale / transform.softcap : 0;
   char* scratch = static_cast<char*>(launch.scratch);
-  if (!p.out) {
+  if (!p.out && !p.added) {
     p.logprobs = reinterpret_cast<double*>(scratch);
     scratch += logprob_bytes(p.num_tokens, sides);
   }
   const bool split = is_split(p, sides, launch.device, launch.split);
   if (split) p.partials = reinterpret_cast<OnlineSoftmax*>(scratch);
-  const unsigned tokens = static_cast<unsigned>(p.num_tokens), by_warps = (tokens + kWarps - 1) / kWarps;
   with_dtype(p.logits[0].dtype, [&](auto d) {
     using D = decltype(d);
-    if (p.body <= kOneWarpVectors)
-      start(&sweep<D, 32>, dim3(by_warps, 1, sides), kThreads, launch, p);
+    if (transform.softcap > 0 || transform.scale != 1)
+      sweep_rows_of<D, Transformed>(p, sides, split, launch);
     else
-      start(&sweep<D, kThreads>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
-    if (split) start(&combine_rows<D>, dim3(by_warps, 1, sides), kThreads, launch, p);
+      sweep_rows_of<D, Plain>(p, sides, split, launch);
   });
 }
 
@@ -342,6 +406,29 @@ void response_nll_difference(const DifferenceParams& a, const Launch& launch) {
   p.num_tokens = a.num_tokens;
   sweep_rows(p, 2, launch);
   reduce({p.logprobs + a.num_tokens, p.logprobs, a.num_tokens, a.offsets, a.out}, a.num_responses, launch);
+}
+
+void add_partials(const PartialParams& a, const Launch& launch) {
+  check_sizes(a.logits, a.num_tokens);
+  use_device(launch);
+  SweepParams p{};
+  p.logits[0] = a.logits;
+  p.rows[0] = a.rows;
+  p.targets = a.targets;
+  p.num_tokens = a.num_tokens;
+  p.first = a.first;
+  p.added = a.partials;
+  p.begin = a.begin;
+  sweep_rows(p, 1, launch);
+}
+
+void combine_partials(const CombineParams& a, const Launch& launch) {
+  use_device(launch);
+  CombineSlicesParams p{{a.partials, a.minus}, a.num_slices, a.num_tokens, static_cast<double*>(launch.scratch)};
+  const unsigned blocks = static_cast<unsigned>((a.num_tokens + kThreads - 1) / kThreads);
+  if (a.num_tokens > 0) start(&combine_slices, dim3(blocks, a.minus ? 2 : 1), kThreads, launch, p);
+  const double* const minus = a.minus ? p.logprobs + a.num_tokens : nullptr;
+  reduce({minus, p.logprobs, a.num_tokens, a.offsets, a.out}, a.num_responses, launch);
 }
 
 }  // namespace miwv::cuda

@@ -25,5 +25,7 @@ int64_t scratch_bytes(const Logits& logits, int64_t num_tokens, int sides, bool 
 void token_logprobs(const TokenParams& params, const Launch& launch);
 void response_nll(const ResponseParams& params, const Launch& launch);
 void response_nll_difference(const DifferenceParams& params, const Launch& launch);
+void add_partials(const PartialParams& params, const Launch& launch);
+void combine_partials(const CombineParams& params, const Launch& launch);  // scratch: a double per token and side
 
 }  // namespace miwv::cuda

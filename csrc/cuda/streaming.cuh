@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../online_softmax.h"
+#include "../rows.h"
 #include "primitives.cuh"
 
 namespace miwv::cuda {
@@ -30,6 +31,20 @@ __device__ __forceinline__ float exp_relative(float x, float reference) {
 __device__ __forceinline__ double log_probability(const OnlineSoftmax& row, float target_logit) {
   return (static_cast<double>(target_logit) - row.max) - logf(row.sum);
 }
+
+// ---- LogitTransform: it never falls as x rises, so the largest logit of all is the largest after it, too
+
+struct Plain {
+  __device__ __forceinline__ float operator()(float x) const { return x; }
+};
+
+struct Transformed {
+  LogitTransform transform;
+  float inner;  // scale / softcap
+  __device__ __forceinline__ float operator()(float x) const {
+    return transform.softcap > 0 ? transform.softcap * tanhf(x * inner) : x * transform.scale;
+  }
+};
 
 // ---- Adding elements
 
@@ -64,15 +79,15 @@ __device__ __forceinline__ void load_vectors(Vec16 (&out)[kCount], const Vec16* 
 
 // One new maximum and one rescaling for kCount vectors, then one exponential per element. A sum per vector keeps the
 // dependent chains short.
-template <class D, int kCount>
-__device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)[kCount]) {
+template <class D, class Map, int kCount>
+__device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)[kCount], const Map& map) {
   uint32_t top[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k)
     top[k] = D::max_words(D::max_words(v[k].word[0], v[k].word[1]), D::max_words(v[k].word[2], v[k].word[3]));
 #pragma unroll
   for (int k = 1; k < kCount; ++k) top[0] = D::max_words(top[0], top[k]);
-  const float max = fmaxf(acc.max, max_of_word<D>(top[0]));
+  const float max = fmaxf(acc.max, map(max_of_word<D>(top[0])));
 
   float sum = acc.sum * exp_relative(acc.max, max);
 #pragma unroll
@@ -82,7 +97,7 @@ __device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)
     for (int w = 0; w < 4; ++w)
 #pragma unroll
       for (int i = 0; i < D::kPerWord; ++i) {
-        const float term = exp_relative(D::element(v[k].word[w], i), max);
+        const float term = exp_relative(map(D::element(v[k].word[w], i)), max);
         part = w + i == 0 ? term : part + term;
       }
     sum += part;
@@ -92,14 +107,14 @@ __device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)
 }
 
 // This thread's share, one vector in `step`, of the vectors [i, end) that begin `past` bytes behind aligned ones.
-template <class D, uint32_t kStep, bool kAligned>
+template <class D, class Map, uint32_t kStep, bool kAligned>
 __device__ __forceinline__ void add_share(OnlineSoftmax& acc, const Vec16* aligned, uint32_t i, uint32_t end,
-                                          uint32_t past) {
+                                          uint32_t past, const Map& map) {
 #pragma unroll 1
   for (; i + (kLoads - 1) * kStep < end; i += kLoads * kStep) {
     Vec16 v[kLoads];
     load_vectors<D, kAligned>(v, aligned + i, kStep, past);
-    add_vectors<D>(acc, v);
+    add_vectors<D>(acc, v, map);
   }
   Vec16 rest[kLoads - 1][1];
 #pragma unroll
@@ -107,7 +122,7 @@ __device__ __forceinline__ void add_share(OnlineSoftmax& acc, const Vec16* align
     if (i + k * kStep < end) load_vectors<D, kAligned>(rest[k], aligned + i + k * kStep, 0, past);
 #pragma unroll
   for (int k = 0; k < kLoads - 1; ++k)
-    if (i + k * kStep < end) add_vectors<D>(acc, rest[k]);
+    if (i + k * kStep < end) add_vectors<D>(acc, rest[k], map);
 }
 
 // ---- Putting partial sums together

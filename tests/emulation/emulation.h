@@ -175,6 +175,7 @@ inline float exp2_approx(float x) {
 #define blockIdx emulation::block_index
 #define gridDim emulation::grid_size
 
+using std::isnan;
 using std::min;
 
 inline void __syncthreads() {
