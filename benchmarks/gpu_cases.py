@@ -115,7 +115,7 @@ def measure(
     """Fills in the case; the result is compared with torch in float32 before anything is timed."""
     from miwv_fast import _core, ops
 
-    ops._cuda_split = {"row": 0, "split": 1, "difference": -1}[case.kernel]
+    ops.launch.cuda_split = {"row": 0, "split": 1, "difference": -1}[case.kernel]
     targets = problem.chosen_targets
     if case.kernel == "difference":
         half = problem.full.shape[1] // 2
@@ -127,7 +127,7 @@ def measure(
     else:
         call = lambda: ops.token_logprobs(problem.logits, targets, problem.rows)  # noqa: E731
         check_logprobs(call(), problem, 1e-4)
-        shape = (0, ops._DTYPES[DTYPES[case.dtype]], case.rows, case.vocab, case.vocab, case.rows, 0)
+        shape = (0, ops.checks.DTYPES[DTYPES[case.dtype]], case.rows, case.vocab, case.vocab, case.rows, 0)
         device = problem.full.device.index
         splits = _core.cuda_scratch_bytes(shape, len(targets), 1, False, device, -1) > 0
         case.automatic = splits == (case.kernel == "split")
@@ -137,7 +137,7 @@ def measure(
     result = call()
     case.extra_bytes = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
     case.seconds = timer(call)
-    ops._cuda_split = -1
+    ops.launch.cuda_split = -1
     if case.bytes not in bounds:
         source = problem.full.view(-1)[: case.bytes // problem.full.element_size() // 2 * 2]
         target = torch.empty_like(source)

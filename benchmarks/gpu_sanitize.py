@@ -16,7 +16,7 @@ def main() -> None:
         for vocab in (1, 7, 1000, 4127, 20011, 50257):
             for start in (0, 1, 5):
                 for split in (0, 1):
-                    ops._cuda_split = split
+                    ops.launch.cuda_split = split
                     check(dtype, vocab, start)
     print("all results agree with the CPU's")
 

@@ -1,4 +1,4 @@
-// The only file that knows Python. Pointers and strides arrive as integers that ops.py has checked against the tensors
+// The only file that knows Python. Pointers and strides arrive as integers that ops has checked against the tensors
 // they came from; what can only be seen in the data (targets, rows, offsets) is checked by the launchers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -109,7 +109,7 @@ double cpu_read(uintptr_t data, int64_t bytes) {
 }
 
 #ifdef MIWV_HAVE_CUDA
-// (device, stream, scratch, split) as ops.py packs it.
+// (device, stream, scratch, split) as ops packs it.
 miwv::cuda::Launch unpack_launch(const py::tuple& t) {
   return {t[0].cast<int>(), pointer<void>(t[1].cast<uintptr_t>()), pointer<void>(t[2].cast<uintptr_t>()),
           static_cast<miwv::cuda::Split>(t[3].cast<int>())};

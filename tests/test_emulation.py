@@ -15,7 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "emulation"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-GROUPS = ("values", "same_bits", "special_values", "strides", "responses", "bad_indices", "split")
+GROUPS = (
+    "values",
+    "same_bits",
+    "special_values",
+    "strides",
+    "responses",
+    "bad_indices",
+    "split",
+    "transforms",
+    "partials",
+)
 
 
 def _nvcc() -> str | None:
@@ -56,7 +66,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # 2.4e-7 is what PTX allows ex2.approx to be off by, here always to the same side.
 @pytest.mark.parametrize(
     "arguments",
-    [*((group,) for group in GROUPS), *((g, e) for g in ("values", "responses") for e in ("2.4e-7", "-2.4e-7"))],
+    [
+        *((group,) for group in GROUPS),
+        *((g, e) for g in ("values", "responses", "partials") for e in ("2.4e-7", "-2.4e-7")),
+    ],
 )
 def test_emulated_kernels(emulated: Path, arguments: tuple[str, ...]) -> None:
     run = subprocess.run([str(emulated), *arguments], capture_output=True, text=True, timeout=300)

@@ -29,7 +29,7 @@ def test_checks_of_device_data_speak_like_the_cpu_kernels(bad: dict[str, list[in
     with pytest.raises(ValueError) as by_kernel:
         ops.response_nll(torch.zeros(5, 7), targets, offsets, rows)
     with pytest.raises(ValueError) as by_check:
-        ops._check_values(targets, (0, 0, 5, 7), offsets, rows=rows)
+        ops.checks.check_values(targets, 5, 7, offsets, rows=rows)
     assert str(by_check.value) == str(by_kernel.value)
 
 
@@ -50,9 +50,9 @@ def test_check_changes_nothing_on_the_cpu() -> None:
 
 def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     logits: Any = SimpleNamespace(is_cpu=False, is_cuda=True, device="cuda:0")
-    monkeypatch.setattr(ops, "_core", SimpleNamespace(has_cuda=False))
+    monkeypatch.setattr(ops.launch, "_core", SimpleNamespace(has_cuda=False))
     with pytest.raises(RuntimeError, match=r"has no CUDA kernels: install it again .* MIWV_CUDA_WHEELS=1"):
-        ops._require_kernels(logits)
+        ops.launch.require_kernels(logits)
 
 
 @pytest.mark.skipif(not _core.has_cuda, reason="built without CUDA")

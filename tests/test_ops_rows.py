@@ -175,7 +175,7 @@ def test_nothing_is_read_beyond_a_row(dtype: torch.dtype, vocab: int) -> None:
         assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     logits = torch.randn(1, vocab).to(dtype)
     size = vocab * dtype.itemsize
-    code, target, out = ops._DTYPES[dtype], torch.tensor([vocab - 1]), torch.empty(1)
+    code, target, out = ops.checks.DTYPES[dtype], torch.tensor([vocab - 1]), torch.empty(1)
     for address in (base + 3 * mmap.PAGESIZE - size, base + mmap.PAGESIZE):
         ctypes.memmove(address, logits.data_ptr(), size)
         _core.cpu_token_logprobs((address, code, 1, vocab, vocab, 1, 0), 0, target.data_ptr(), 1, out.data_ptr(), 1)

@@ -135,7 +135,7 @@ def test_cuda_tensors_without_cuda_kernels() -> None:
         is_cpu, is_cuda = False, True
 
     with pytest.raises(RuntimeError, match=r"has no CUDA kernels.*MIWV_CUDA_WHEELS"):
-        ops._require_cpu(OnGpu())
+        ops.launch.require_kernels(OnGpu())
 
 
 def test_build_info() -> None:

@@ -1,28 +1,22 @@
 // The softmax denominator of one row:
 //
-//   sum_v 2^(kLog2E * x[v] - r),  2^r near exp of the largest logit of the first block, raised when a block overflows
+//   sum_v 2^(c * x[v] - r),  2^r near exp of the largest logit of the first block, raised when a block overflows
 //
 // Included once per instruction set, inside its namespace, after MIWV_TARGET and Simd are defined: a template can't
 // give its functions the target attribute of its argument.
 //
 // There is no pass for the maximum: any r is exact as long as no exponential overflows. The first block is scanned,
 // which leaves it in the L1 cache, and a block that overflows is done again with its own maximum. An element costs
-// sizeof(T) bytes from memory and 9 (AVX-512), 12 (AVX2) or 22 (no fused multiply-add) operations, one more with a
-// scale, and about 25 more with a softcap. Element v goes to a lane given by v mod kGroup, and blocks are added in
-// order, so the result depends on the values and V alone. Lanes are summed in float within a block and in double
-// between blocks: at most kBlock / kGroup float additions meet in one lane, however long the row.
+// sizeof(T) bytes from memory and 9 (AVX-512), 12 (AVX2) or 22 (no fused multiply-add) operations, and about 25 more
+// with a softcap. A scale costs nothing, nor accuracy: c is kLog2E times it. Element v goes to a lane given by v mod
+// kGroup, and blocks are added in order, so the result depends on the values and V alone. Lanes are summed in float
+// within a block and in double between blocks: at most kBlock / kGroup float additions meet in one lane, however long
+// the row.
 
-// ---- LogitTransform for vectors
+// ---- A softcap for vectors
 
 struct Plain {
-  MIWV_TARGET MIWV_INLINE explicit Plain(const LogitTransform&) {}
   MIWV_TARGET MIWV_INLINE Simd::Float operator()(Simd::Float x) const { return x; }
-};
-
-struct Scaled {
-  Simd::Float scale;
-  MIWV_TARGET MIWV_INLINE explicit Scaled(const LogitTransform& t) : scale(Simd::broadcast(t.scale)) {}
-  MIWV_TARGET MIWV_INLINE Simd::Float operator()(Simd::Float x) const { return Simd::mul(x, scale); }
 };
 
 struct Capped {
@@ -78,8 +72,9 @@ MIWV_TARGET MIWV_INLINE float block_max(const T* block, int64_t groups, const Ma
 
 // kMasked: the block may hold -inf, or finite logits that stand for it.
 template <bool kMasked, class Map, class T>
-MIWV_TARGET MIWV_INLINE Simd::Float block_sum(const T* block, int64_t groups, const Map& map, float reference) {
-  const Simd::Shift shift(reference);
+MIWV_TARGET MIWV_INLINE Simd::Float block_sum(const T* block, int64_t groups, const Map& map, float reference,
+                                              float c) {
+  const Simd::Shift shift(reference, c);
   Simd::Float sum0 = Simd::broadcast(0), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   for (int64_t i = 0; i < groups * Simd::kGroup; i += Simd::kGroup) {
     Simd::Float x0, x1, x2, x3;
@@ -104,27 +99,27 @@ struct RunningSum {
 enum class Step { kAdded, kNotANumber, kBeyondReference };
 
 template <class Map, class T>
-MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t groups, const Map& map) {
+MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t groups, const Map& map, float c) {
   // A lane above this asks for a higher reference. Below it, exponents are at most 30, and rounding one costs 2^-20.
   constexpr float kOverflow = 0x1p30f;
   if (!row.has_reference) {
     const float top = block_max(block, groups, map);
     row.has_reference = top > -__builtin_inff();
     row.masked |= !row.has_reference;
-    if (row.has_reference) row.reference = Simd::reference(top);
+    if (row.has_reference) row.reference = Simd::reference(top, c);
     if (!Simd::usable(row.reference)) return Step::kBeyondReference;
   }
-  Simd::Float sum = row.masked ? block_sum<true>(block, groups, map, row.reference)
-                               : block_sum<false>(block, groups, map, row.reference);
+  Simd::Float sum = row.masked ? block_sum<true>(block, groups, map, row.reference, c)
+                               : block_sum<false>(block, groups, map, row.reference, c);
   if (__builtin_expect(!Simd::all_at_most(sum, kOverflow), 0)) {
     row.masked |= Simd::any_nan(sum);
-    const float raised = Simd::reference(block_max(block, groups, map));
+    const float raised = Simd::reference(block_max(block, groups, map), c);
     if (raised > row.reference) {
       if (!Simd::usable(raised)) return Step::kBeyondReference;
-      row.total = Simd::scale(row.total, std::exp2(Simd::base2(row.reference) - Simd::base2(raised)));
+      row.total = Simd::scale(row.total, std::exp2(Simd::base2(row.reference, c) - Simd::base2(raised, c)));
       row.reference = raised;
     }
-    sum = block_sum<true>(block, groups, map, row.reference);
+    sum = block_sum<true>(block, groups, map, row.reference, c);
     if (Simd::any_nan(sum)) return Step::kNotANumber;
   }
   if (row.has_reference) row.total = Simd::widen_add(row.total, sum);
@@ -132,34 +127,36 @@ MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t 
 }
 
 template <class Map, class T>
-MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const LogitTransform& transform) {
+MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const LogitTransform& transform, const Map& map,
+                                      float scale) {
   constexpr int64_t kBlock = 16 * Simd::kGroup;
-  const Map map(transform);
+  const float c = kLog2E * scale;
   RunningSum row{Simd::wide_zero(), 0, false, false};
   const int64_t whole = vocab / Simd::kGroup * Simd::kGroup;
   Step step = Step::kAdded;
   for (int64_t begin = 0; begin < whole && step == Step::kAdded; begin += kBlock)
-    step = add_block(row, values + begin, std::min(kBlock, whole - begin) / Simd::kGroup, map);
+    step = add_block(row, values + begin, std::min(kBlock, whole - begin) / Simd::kGroup, map, c);
   if (whole < vocab && step == Step::kAdded) {
     alignas(64) float tail[Simd::kGroup];
     std::fill(tail, tail + Simd::kGroup, -__builtin_inff());
+    const LogitTransform cap{transform.scale / scale, transform.softcap};
     for (int64_t v = whole; v < vocab; ++v)
-      tail[v - whole] = static_cast<float>(transform_logit(static_cast<float>(values[v]), transform));
+      tail[v - whole] = static_cast<float>(transform_logit(static_cast<float>(values[v]), cap));
     row.masked = true;
-    step = add_block(row, tail, 1, Plain(transform));
+    step = add_block(row, tail, 1, Plain(), c);
   }
   if (step == Step::kBeyondReference) return Simd::fallback(values, vocab, transform);
   if (step == Step::kNotANumber) return {0, kNaN};
   if (!row.has_reference) return {0, 0};
-  return {Simd::base2(row.reference) / static_cast<double>(kLog2E), Simd::horizontal_sum(row.total)};
+  const double max = Simd::base2(row.reference, c) / static_cast<double>(c) * scale;
+  return {max, Simd::horizontal_sum(row.total)};
 }
 
 template <class T>
 MIWV_TARGET SoftmaxSum row_sum(const void* row, int64_t vocab, const LogitTransform& transform) {
   const T* values = static_cast<const T*>(row);
-  if (transform.softcap > 0) return mapped_row_sum<Capped>(values, vocab, transform);
-  if (transform.scale != 1) return mapped_row_sum<Scaled>(values, vocab, transform);
-  return mapped_row_sum<Plain>(values, vocab, transform);
+  if (transform.softcap > 0) return mapped_row_sum(values, vocab, transform, Capped(transform), 1);
+  return mapped_row_sum(values, vocab, transform, Plain(), transform.scale);
 }
 
 // What the kernel above would cost if it only read. Without arithmetic between them the loads outrun the hardware

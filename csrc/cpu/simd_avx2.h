@@ -51,8 +51,8 @@ struct Simd {
   }
 
   // References are multiples of 1/8 and small enough that all constants made of them are exact.
-  MIWV_TARGET MIWV_INLINE static float reference(float top) { return std::rint(top * (8 * kLog2E)) / 8; }
-  MIWV_TARGET MIWV_INLINE static double base2(float reference) { return reference; }
+  MIWV_TARGET MIWV_INLINE static float reference(float top, float c) { return std::rint(top * (8 * c)) / 8; }
+  MIWV_TARGET MIWV_INLINE static double base2(float reference, float) { return reference; }
   MIWV_TARGET MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p13f; }
   template <class T>
   static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
@@ -60,17 +60,18 @@ struct Simd {
   }
 
   struct Shift {
-    Float lowest, highest, round, center;
-    MIWV_TARGET MIWV_INLINE explicit Shift(float reference)
-        : lowest(broadcast((reference - 120) / kLog2E)),
-          highest(broadcast((reference + 64) / kLog2E)),
+    Float c, lowest, highest, round, center;
+    MIWV_TARGET MIWV_INLINE Shift(float reference, float c)
+        : c(broadcast(c)),
+          lowest(broadcast((reference - 120) / c)),
+          highest(broadcast((reference + 64) / c)),
           round(broadcast(kRound - reference)),
           center(broadcast(kCenter - reference)) {}
   };
   static constexpr float kRound = 0x1.8p20f;  // a sum with it is rounded to a multiple of 1/8
   static constexpr float kCenter = 739.0f / 512;
 
-  // sum + 2^t for t = kLog2E * x - reference = n + f, n = i/8 for a whole i, |f| <= 1/16:
+  // sum + 2^t for t = c * x - reference = n + f, n = i/8 for a whole i, |f| <= 1/16:
   //
   //   2^t = 2^floor(i/8) * 2^(i/8 - floor(i/8)) * 2^f,   2^f = kScale * ((f + kCenter)^3 + kLinear * (f + kCenter) +
   //   kConstant)
@@ -85,10 +86,9 @@ struct Simd {
     alignas(32) static constexpr int32_t kPowers[8] = {0x3d634696, 0x3d67d890, 0x3d672393, 0x3d635ebe,
                                                        0x3d60b54d, 0x3d5f40e8, 0x3d5f1d87, 0x3d6069ab};
     x = min_or_nan(shift.highest, max_or_nan(shift.lowest, x));
-    const Float log2e = _mm256_set1_ps(kLog2E);
-    const Float rounded = _mm256_fmadd_ps(x, log2e, shift.round);
+    const Float rounded = _mm256_fmadd_ps(x, shift.c, shift.round);
     const Float n = _mm256_sub_ps(rounded, _mm256_set1_ps(kRound));
-    const Float u = _mm256_sub_ps(_mm256_fmadd_ps(x, log2e, shift.center), n);
+    const Float u = _mm256_sub_ps(_mm256_fmadd_ps(x, shift.c, shift.center), n);
     const __m256i i = _mm256_castps_si256(rounded);
     const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPowers));
     const __m256i power = _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, i), _mm256_slli_epi32(i, 20));

@@ -53,8 +53,8 @@ struct Simd {
   }
 
   // References are multiples of 1/16 and small enough that all constants made of them are exact.
-  MIWV_TARGET MIWV_INLINE static float reference(float top) { return std::rint(top * (16 * kLog2E)) / 16; }
-  MIWV_TARGET MIWV_INLINE static double base2(float reference) { return reference; }
+  MIWV_TARGET MIWV_INLINE static float reference(float top, float c) { return std::rint(top * (16 * c)) / 16; }
+  MIWV_TARGET MIWV_INLINE static double base2(float reference, float) { return reference; }
   MIWV_TARGET MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p13f; }
   template <class T>
   static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
@@ -62,16 +62,17 @@ struct Simd {
   }
 
   struct Shift {
-    Float lowest, round, center;
-    MIWV_TARGET MIWV_INLINE explicit Shift(float reference)
-        : lowest(broadcast((reference - 120) / kLog2E)),
+    Float c, lowest, round, center;
+    MIWV_TARGET MIWV_INLINE Shift(float reference, float c)
+        : c(broadcast(c)),
+          lowest(broadcast((reference - 120) / c)),
           round(broadcast(kRound - reference)),
           center(broadcast(kCenter - reference)) {}
   };
   static constexpr float kRound = 0x1.8p19f;  // a sum with it is rounded to a multiple of 1/16
   static constexpr float kCenter = 739.0f / 512;
 
-  // sum + 2^t for t = kLog2E * x - reference = n + f, n a multiple of 1/16 and |f| <= 1/32:
+  // sum + 2^t for t = c * x - reference = n + f, n a multiple of 1/16 and |f| <= 1/32:
   //
   //   2^t = 2^floor(n) * 2^(n - floor(n)) * 2^f,   2^f = kScale * ((f + kCenter)^2 + kSquare)
   //
@@ -84,10 +85,9 @@ struct Simd {
         0.240130484f, 0.250761986f, 0.261864156f, 0.273457885f, 0.285564899f, 0.298207909f, 0.311410725f, 0.325198054f,
         0.339595795f, 0.354630977f, 0.370331854f, 0.38672784f,  0.403849721f, 0.421729684f, 0.440401256f, 0.459899485f};
     if (kMasked) x = _mm512_max_ps(shift.lowest, x);
-    const Float log2e = _mm512_set1_ps(kLog2E);
-    const Float rounded = _mm512_fmadd_ps(x, log2e, shift.round);
+    const Float rounded = _mm512_fmadd_ps(x, shift.c, shift.round);
     const Float n = _mm512_sub_ps(rounded, _mm512_set1_ps(kRound));
-    const Float u = _mm512_sub_ps(_mm512_fmadd_ps(x, log2e, shift.center), n);
+    const Float u = _mm512_sub_ps(_mm512_fmadd_ps(x, shift.c, shift.center), n);
     const Float power = _mm512_permutexvar_ps(_mm512_castps_si512(rounded), _mm512_load_ps(kPowers));
     return _mm512_fmadd_ps(_mm512_scalef_ps(power, n), _mm512_fmadd_ps(u, u, _mm512_set1_ps(kSquare)), sum);
   }

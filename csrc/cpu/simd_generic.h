@@ -74,10 +74,10 @@ struct Simd {
     return reinterpret_cast<Float>(sign | (finite & ~special) | ((magnitude | 0x7f800000u) & special));
   }
 
-  // The reference is a logit here: without a fused multiply-add, kLog2E * x would be rounded at the size of x, and x -
+  // The reference is a logit here: without a fused multiply-add, c * x would be rounded at the size of x, and x -
   // top is rounded at its own.
-  MIWV_INLINE static float reference(float top) { return top; }
-  MIWV_INLINE static double base2(float reference) { return reference * static_cast<double>(kLog2E); }
+  MIWV_INLINE static float reference(float top, float) { return top; }
+  MIWV_INLINE static double base2(float reference, float c) { return reference * static_cast<double>(c); }
   MIWV_INLINE static bool usable(float reference) { return std::fabs(reference) <= 0x1p126f; }
   template <class T>
   static SoftmaxSum fallback(const T* row, int64_t vocab, const LogitTransform& transform) {
@@ -85,11 +85,11 @@ struct Simd {
   }
 
   struct Shift {
-    Float reference;
-    MIWV_INLINE explicit Shift(float reference) : reference(broadcast(reference)) {}
+    Float reference, c;
+    MIWV_INLINE Shift(float reference, float c) : reference(broadcast(reference)), c(broadcast(c)) {}
   };
 
-  // sum + 2^t for t = kLog2E * (x - reference) = n + f, n whole, |f| <= 1/2, and a minimax polynomial of 2^f that is
+  // sum + 2^t for t = c * (x - reference) = n + f, n whole, |f| <= 1/2, and a minimax polynomial of 2^f that is
   // off by 7.5e-8. kRound leaves n + 127 in the low bits of `rounded`, which become an exponent by a shift. t is held
   // in
   // [-125, 64], where that can't wrap; NaN passes, because a comparison with it is false, and because the power is
@@ -97,7 +97,7 @@ struct Simd {
   template <bool kMasked>
   MIWV_INLINE static Float add_exp2(Float sum, Float x, const Shift& shift) {
     const Float kLow = broadcast(-125), kHigh = broadcast(64), kRound = broadcast(0x1.8p23f + 127);
-    const Float t = min_or_nan(kHigh, max_or_nan(kLow, (x - shift.reference) * broadcast(kLog2E)));
+    const Float t = min_or_nan(kHigh, max_or_nan(kLow, (x - shift.reference) * shift.c));
     const Float rounded = t + kRound;
     const Float f = t - (rounded - kRound);
     const Float square = f * f;  // Estrin's order: the chain of dependent operations is what limits older CPUs

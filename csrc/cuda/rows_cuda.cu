@@ -48,8 +48,9 @@ struct SweepParams {
   const int64_t* rows[2];  // or null
   const int64_t* targets;
   int64_t num_tokens;
-  int64_t first;  // the first entry of the rows has this number among the targets
-  float inner;    // Transformed::inner
+  int64_t first;   // the first entry of the rows has this number among the targets
+  float c, scale;  // of exponents, and of what they are relative to; with a softcap kLog2E and 1
+  Capped cap;
   uint32_t body;  // vectors in it
   uint32_t slices;
   uint32_t slice_vectors;
@@ -106,26 +107,29 @@ __device__ __forceinline__ OnlineSoftmax* block_partials() {
 }
 
 // Adds a slice of the vocabulary to a token's partial.
-__device__ __forceinline__ void add_partial(Partial& whole, bool begin, const OnlineSoftmax& slice, float target) {
+__device__ __forceinline__ void add_partial(Partial& whole, bool begin, const OnlineSoftmax& slice, float target,
+                                            float scale) {
   Partial old = {-FLT_MAX, 0, NAN};
   if (!begin) old = whole;
-  const float old_max = static_cast<float>(old.max), max = fmaxf(old_max, slice.max);
-  const float grown = static_cast<float>(old.sum) * exp_relative(old_max, max);
-  whole = {max, fmaf(slice.sum, exp_relative(slice.max, max), grown), isnan(target) ? old.target : target};
+  const float old_max = static_cast<float>(old.max), slice_max = slice.max * scale, max = fmaxf(old_max, slice_max);
+  const float grown = static_cast<float>(old.sum) * exp_relative(old_max, max, kLog2E);
+  whole.max = max;
+  whole.sum = fmaf(slice.sum, exp_relative(slice_max, max, kLog2E), grown);
+  whole.target = isnan(target) ? old.target : static_cast<double>(target) * scale;
 }
 
 __device__ __forceinline__ void write_row(const SweepParams& p, int side, int64_t token, const OnlineSoftmax& row,
                                           float target) {
   if (p.added)
-    add_partial(p.added[token], p.begin, row, target);
+    add_partial(p.added[token], p.begin, row, target, p.scale);
   else if (p.out)
-    p.out[token] = static_cast<float>(log_probability(row, target));
+    p.out[token] = static_cast<float>(log_probability(row, target, p.scale));
   else
-    p.logprobs[side * p.num_tokens + token] = log_probability(row, target);
+    p.logprobs[side * p.num_tokens + token] = log_probability(row, target, p.scale);
 }
 
 __device__ __forceinline__ void write_bad_row(const SweepParams& p, int side, int64_t token) {
-  write_row(p, side, token, {-FLT_MAX, NAN}, NAN);
+  write_row(p, side, token, {0, NAN}, NAN);
 }
 
 template <class Map>
@@ -133,7 +137,7 @@ __device__ __forceinline__ Map make_map(const SweepParams& p) {
   if constexpr (std::is_same_v<Map, Plain>)
     return {};
   else
-    return {p.logits[0].transform, p.inner};
+    return p.cap;
 }
 
 // kGroup threads do a row: a warp, or a block. blockIdx is (row or rows, slice where rows are split, side).
@@ -170,14 +174,14 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
     acc = OnlineSoftmax();
     const uint32_t begin = slice * p.slice_vectors, end = min(begin + p.slice_vectors, p.body);
     if (past == 0)
-      add_share<D, Map, kGroup, true>(acc, aligned, begin + t, end, 0, map);
+      add_share<D, Map, kGroup, true>(acc, aligned, begin + t, end, 0, map, p.c);
     else
-      add_share<D, Map, kGroup, false>(acc, aligned, begin + t, end, past, map);
+      add_share<D, Map, kGroup, false>(acc, aligned, begin + t, end, past, map, p.c);
     if (has_peeled && slice + 1 == p.slices) {
       hold(peeled_raw);
-      add_logit(acc, map(D::from_raw(peeled_raw)));
+      add_logit(acc, map(D::from_raw(peeled_raw)), p.c);
     }
-    acc = warp_combine(acc);
+    acc = warp_combine(acc, p.c);
     if constexpr (kGroup == kThreads) {
       if (lane == 0) {
         if (p.partials)
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
     if (p.partials) return;
     __syncthreads();  // the first warp reads what all have written
     if (warp != 0) return;
-    acc = combine_partials(block_partials(), p.slices * kWarps);
+    acc = combine_partials(block_partials(), p.slices * kWarps, p.c);
   }
   if (t == 0) {
     hold(target_raw);
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) combine_rows(const __grid_constant__
   float logit = NAN;
   if (first && target.index >= 0) logit = make_map<Map>(p)(D::from_raw(load_one(target.row + target.index)));
   const uint32_t count = p.slices * kWarps;
-  const OnlineSoftmax row = combine_partials(p.partials + (side * p.num_tokens + token) * count, count);
+  const OnlineSoftmax row = combine_partials(p.partials + (side * p.num_tokens + token) * count, count, p.c);
   if (first) write_row(p, side, token, row, logit);
 }
 
@@ -328,7 +332,10 @@ void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
   if (p.num_tokens == 0) return;
   divide(p, p.logits[0]);
   const LogitTransform& transform = p.logits[0].transform;
-  p.inner = transform.softcap > 0 ? transform.scale / transform.softcap : 0;
+  const bool capped = transform.softcap > 0;
+  p.scale = capped ? 1 : transform.scale;
+  p.c = kLog2E * p.scale;
+  p.cap = {transform.softcap, transform.scale / transform.softcap};
   char* scratch = static_cast<char*>(launch.scratch);
   if (!p.out && !p.added) {
     p.logprobs = reinterpret_cast<double*>(scratch);
@@ -338,8 +345,8 @@ void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
   if (split) p.partials = reinterpret_cast<OnlineSoftmax*>(scratch);
   with_dtype(p.logits[0].dtype, [&](auto d) {
     using D = decltype(d);
-    if (transform.softcap > 0 || transform.scale != 1)
-      sweep_rows_of<D, Transformed>(p, sides, split, launch);
+    if (capped)
+      sweep_rows_of<D, Capped>(p, sides, split, launch);
     else
       sweep_rows_of<D, Plain>(p, sides, split, launch);
   });

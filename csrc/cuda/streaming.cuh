@@ -13,44 +13,43 @@ namespace miwv::cuda {
 
 constexpr int kLoads = 4;  // vectors that a thread has in flight
 
-// sum_v exp(x[v] - max), max the largest logit so far. It starts at the lowest finite float, not at -inf, so x - max is
-// never (-inf) - (-inf): a run of -inf adds zeros, and no step needs a special case. +inf and NaN make the sum NaN.
+// sum_v 2^(c * (x[v] - max)), max the largest logit so far and c the logarithm of e to base 2 times the model's scale.
+// It starts at the lowest finite float, not at -inf, so x - max is never (-inf) - (-inf): a run of -inf adds zeros, and
+// no step needs a special case. +inf and NaN make the sum NaN.
 struct OnlineSoftmax {
   float max = -FLT_MAX;
   float sum = 0.0f;
 };
 
-// exp(x - reference). Subtracting first costs an instruction more than fma(x, log2e, -reference * log2e), but has no
+// 2^(c * (x - reference)). Subtracting first costs an instruction more than fma(x, c, -reference * c), but has no
 // product to overflow (a row of finfo.min is a real input: every token masked) and is exact near the reference. A
 // result that is flushed to 0 would not change a sum of at least 1.
-__device__ __forceinline__ float exp_relative(float x, float reference) {
-  return exp2_approx((x - reference) * kLog2E);
+__device__ __forceinline__ float exp_relative(float x, float reference, float c) {
+  return exp2_approx((x - reference) * c);
 }
 
 // In double, because a float cannot hold a large logit difference and a small logarithm together.
-__device__ __forceinline__ double log_probability(const OnlineSoftmax& row, float target_logit) {
-  return (static_cast<double>(target_logit) - row.max) - logf(row.sum);
+__device__ __forceinline__ double log_probability(const OnlineSoftmax& row, float target_logit, float scale) {
+  return (static_cast<double>(target_logit) - row.max) * scale - logf(row.sum);
 }
 
-// ---- LogitTransform: it never falls as x rises, so the largest logit of all is the largest after it, too
+// ---- A softcap. It never falls as x rises, so the largest logit of all is the largest under it, too
 
 struct Plain {
   __device__ __forceinline__ float operator()(float x) const { return x; }
 };
 
-struct Transformed {
-  LogitTransform transform;
+struct Capped {
+  float softcap;
   float inner;  // scale / softcap
-  __device__ __forceinline__ float operator()(float x) const {
-    return transform.softcap > 0 ? transform.softcap * tanhf(x * inner) : x * transform.scale;
-  }
+  __device__ __forceinline__ float operator()(float x) const { return softcap * tanhf(x * inner); }
 };
 
 // ---- Adding elements
 
-__device__ __forceinline__ void add_logit(OnlineSoftmax& acc, float x) {
+__device__ __forceinline__ void add_logit(OnlineSoftmax& acc, float x, float c) {
   const float max = fmaxf(acc.max, x);
-  acc.sum = fmaf(acc.sum, exp_relative(acc.max, max), exp_relative(x, max));
+  acc.sum = fmaf(acc.sum, exp_relative(acc.max, max, c), exp_relative(x, max, c));
   acc.max = max;
 }
 
@@ -80,7 +79,7 @@ __device__ __forceinline__ void load_vectors(Vec16 (&out)[kCount], const Vec16* 
 // One new maximum and one rescaling for kCount vectors, then one exponential per element. A sum per vector keeps the
 // dependent chains short.
 template <class D, class Map, int kCount>
-__device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)[kCount], const Map& map) {
+__device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)[kCount], const Map& map, float c) {
   uint32_t top[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k)
@@ -89,7 +88,7 @@ __device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)
   for (int k = 1; k < kCount; ++k) top[0] = D::max_words(top[0], top[k]);
   const float max = fmaxf(acc.max, map(max_of_word<D>(top[0])));
 
-  float sum = acc.sum * exp_relative(acc.max, max);
+  float sum = acc.sum * exp_relative(acc.max, max, c);
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     float part = 0.0f;
@@ -97,7 +96,7 @@ __device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)
     for (int w = 0; w < 4; ++w)
 #pragma unroll
       for (int i = 0; i < D::kPerWord; ++i) {
-        const float term = exp_relative(map(D::element(v[k].word[w], i)), max);
+        const float term = exp_relative(map(D::element(v[k].word[w], i)), max, c);
         part = w + i == 0 ? term : part + term;
       }
     sum += part;
@@ -109,12 +108,12 @@ __device__ __forceinline__ void add_vectors(OnlineSoftmax& acc, const Vec16 (&v)
 // This thread's share, one vector in `step`, of the vectors [i, end) that begin `past` bytes behind aligned ones.
 template <class D, class Map, uint32_t kStep, bool kAligned>
 __device__ __forceinline__ void add_share(OnlineSoftmax& acc, const Vec16* aligned, uint32_t i, uint32_t end,
-                                          uint32_t past, const Map& map) {
+                                          uint32_t past, const Map& map, float c) {
 #pragma unroll 1
   for (; i + (kLoads - 1) * kStep < end; i += kLoads * kStep) {
     Vec16 v[kLoads];
     load_vectors<D, kAligned>(v, aligned + i, kStep, past);
-    add_vectors<D>(acc, v, map);
+    add_vectors<D>(acc, v, map, c);
   }
   Vec16 rest[kLoads - 1][1];
 #pragma unroll
@@ -122,7 +121,7 @@ __device__ __forceinline__ void add_share(OnlineSoftmax& acc, const Vec16* align
     if (i + k * kStep < end) load_vectors<D, kAligned>(rest[k], aligned + i + k * kStep, 0, past);
 #pragma unroll
   for (int k = 0; k < kLoads - 1; ++k)
-    if (i + k * kStep < end) add_vectors<D>(acc, rest[k], map);
+    if (i + k * kStep < end) add_vectors<D>(acc, rest[k], map, c);
 }
 
 // ---- Putting partial sums together
@@ -140,18 +139,18 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-__device__ __forceinline__ OnlineSoftmax warp_combine(OnlineSoftmax acc) {
+__device__ __forceinline__ OnlineSoftmax warp_combine(OnlineSoftmax acc, float c) {
   const float max = warp_max(acc.max);
-  return {max, warp_sum(acc.sum * exp_relative(acc.max, max))};
+  return {max, warp_sum(acc.sum * exp_relative(acc.max, max, c))};
 }
 
 // A whole row from its partial sums, by one warp.
-__device__ __forceinline__ OnlineSoftmax combine_partials(const OnlineSoftmax* partials, uint32_t count) {
+__device__ __forceinline__ OnlineSoftmax combine_partials(const OnlineSoftmax* partials, uint32_t count, float c) {
   OnlineSoftmax acc;
   for (uint32_t i = threadIdx.x % 32; i < count; i += 32) acc.max = fmaxf(acc.max, partials[i].max);
   acc.max = warp_max(acc.max);
   for (uint32_t i = threadIdx.x % 32; i < count; i += 32)
-    acc.sum = fmaf(partials[i].sum, exp_relative(partials[i].max, acc.max), acc.sum);
+    acc.sum = fmaf(partials[i].sum, exp_relative(partials[i].max, acc.max, c), acc.sum);
   return {acc.max, warp_sum(acc.sum)};
 }
 

@@ -13,7 +13,7 @@ from miwv_fast import ops
 @pytest.fixture(params=[0, 1, -1], ids=["whole", "split", "auto"])
 def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Whole rows, split rows, and the choice by the number of rows: the results are the same to the bit."""
-    monkeypatch.setattr(ops, "_cuda_split", request.param)
+    monkeypatch.setattr(ops.launch, "cuda_split", request.param)
     return request.param
 
 

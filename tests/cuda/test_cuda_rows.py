@@ -72,7 +72,7 @@ def test_the_same_bits_in_any_company(dtype: torch.dtype, vocab: int, monkeypatc
     targets = torch.randint(vocab, (1500,), device=DEVICE)
     expected = bits(ops.token_logprobs(logits, targets))
     for split in (0, 1, -1):
-        monkeypatch.setattr(ops, "_cuda_split", split)
+        monkeypatch.setattr(ops.launch, "cuda_split", split)
         for count in (1, 2, 17, 300, 1500):
             assert torch.equal(bits(ops.token_logprobs(logits[:count], targets[:count])), expected[:count])
         order = torch.randperm(1500, device=DEVICE)

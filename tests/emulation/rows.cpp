@@ -57,6 +57,17 @@ std::vector<float> response_nll(const Logits& logits, const std::vector<int64_t>
   return out;
 }
 
+std::vector<float> combine(const std::vector<miwv::Partial>& partials, const std::vector<miwv::Partial>* minus,
+                           int64_t num_slices, const std::vector<int64_t>& offsets) {
+  std::vector<float> out(offsets.size() - 1, -7.0f);
+  const int64_t num_tokens = int64_t(partials.size()) / num_slices;
+  Guarded scratch(2 * num_tokens * sizeof(double), true);
+  miwv::cuda::combine_partials({partials.data(), minus ? minus->data() : nullptr, num_slices, num_tokens,
+                                offsets.data(), int64_t(out.size()), out.data()},
+                               {0, nullptr, scratch.data, Split::kNever});
+  return out;
+}
+
 std::string label(DType d, int64_t vocab, Split split) {
   return std::string(name(d)) + " V " + std::to_string(vocab) + (split == Split::kAlways ? " split" : "");
 }
@@ -64,23 +75,6 @@ std::string label(DType d, int64_t vocab, Split split) {
 // 1, fewer than are peeled, a body of one vector and about it, one warp's worth and about it, two slices, real ones
 // that are even, odd, and with a short last slice.
 constexpr int64_t kVocabs[] = {1, 7, 15, 24, 31, 256, 1000, 2057, 4112, 4127, 8200, 20011, 32001, 50257};
-
-// A matrix that ends, or begins, at unmapped memory, with NaN between its rows.
-struct Matrix {
-  Matrix(DType d, int64_t vocab, int64_t num_rows, int64_t padding, int64_t offset, bool flush_with_end)
-      : bytes((offset + (num_rows - 1) * (vocab + padding) + vocab) * size_of(d)),
-        memory(bytes, flush_with_end),
-        logits{memory.data + offset * size_of(d), d, num_rows, vocab, vocab + padding, num_rows, 0} {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const float scale = row % 3 == 1 ? 10 : 2, shift = row % 4 == 2 ? 200 : row % 4 == 3 ? -300 : 0;
-      for (int64_t i = 0; i < vocab; ++i)
-        put(d, memory.data, offset + row * (vocab + padding) + i, normal() * scale + shift);
-    }
-  }
-  size_t bytes;
-  Guarded memory;
-  Logits logits;
-};
 
 // Every byte of a chosen row is read, none of any other. Once where a row starts on 16 bytes; otherwise neighbouring
 // threads may both ask for the 16 bytes that their vectors share. The target is read once more.
@@ -318,13 +312,85 @@ void check_split_choice() {
   }
 }
 
+// Scale and softcap, in whole rows and in split ones, to the same bits.
+void check_transforms() {
+  for (DType d : kTypes)
+    for (int64_t vocab : {1, 31, 1000, 4127, 20011})
+      for (const miwv::LogitTransform transform : {miwv::LogitTransform{0.0625f, 0}, {13, 0}, {1, 30}, {0.25f, 2}}) {
+        const int64_t num_rows = 5;
+        Matrix m(d, vocab, num_rows, 3, 1, true);
+        m.logits.transform = transform;
+        std::vector<int64_t> targets;
+        for (int64_t row = 0; row < num_rows; ++row) targets.push_back(below(vocab));
+        const std::vector<float> out = token_logprobs(m.logits, targets, nullptr, Split::kNever);
+        expect(same_bits(out, token_logprobs(m.logits, targets, nullptr, Split::kAlways)), "split transforms");
+        // tanhf is off by two units in the last place of 1, and a logit that is far away rounds once more.
+        const double tolerance = kTolerance + 3e-7 * (transform.softcap > 0 ? transform.softcap : 0);
+        for (int64_t row = 0; row < num_rows; ++row)
+          expect_close(out[row], reference(d, m.logits.data, row * m.logits.row_stride, vocab, targets[row], transform),
+                       label(d, vocab, Split::kNever) + " transformed", tolerance);
+      }
+}
+
+// A vocabulary cut into slices, each added to the partials of its tokens, and put together: in one go, and as parts.
+void check_partials() {
+  for (DType d : kTypes)
+    for (int64_t vocab : {31, 1000, 20011})
+      for (int64_t cuts : {1, 3})
+        for (Split split : kSplits)
+          for (const miwv::LogitTransform transform : {miwv::LogitTransform{}, {0.5f, 0}, {1, 30}}) {
+            const int64_t num_tokens = 9;
+            Matrix m(d, vocab, num_tokens, 5, 3, true);
+            for (int64_t i = 0; i < vocab / cuts; ++i)  // the first slice of one row is nothing but -inf
+              if (cuts > 1 && i != 5) put(d, const_cast<void*>(m.logits.data), 2 * m.logits.row_stride + i, -INFINITY);
+            std::vector<int64_t> targets{0, vocab - 1};
+            while (int64_t(targets.size()) < num_tokens) targets.push_back(below(vocab));
+            std::vector<miwv::Partial> added(num_tokens, {7, 7, 7}), apart;
+            for (int64_t cut = 0; cut < cuts; ++cut) {
+              const int64_t first = cut * vocab / cuts, end = (cut + 1) * vocab / cuts;
+              Logits slice = m.logits;
+              slice.data = static_cast<const char*>(m.logits.data) + first * size_of(d);
+              slice.vocab = end - first;
+              slice.transform = transform;
+              std::vector<miwv::Partial> own(num_tokens, {7, 7, 7});
+              for (const bool alone : {false, true}) {
+                const miwv::PartialParams params{slice,
+                                                 nullptr,
+                                                 targets.data(),
+                                                 num_tokens,
+                                                 first,
+                                                 alone || cut == 0,
+                                                 alone ? own.data() : added.data()};
+                call(&miwv::cuda::add_partials, params, slice, 1, false, split);
+              }
+              for (int64_t t = 0; t < num_tokens; ++t)
+                expect((own[t].target == own[t].target) == (first <= targets[t] && targets[t] < end), "whose target");
+              apart.insert(apart.end(), own.begin(), own.end());
+            }
+            std::vector<int64_t> offsets;
+            for (int64_t t = 0; t <= num_tokens; ++t) offsets.push_back(t);
+            const std::vector<float> one = combine(added, nullptr, 1, offsets),
+                                     parts = combine(apart, nullptr, cuts, offsets);
+            for (int64_t t = 0; t < num_tokens; ++t) {
+              const double want = -reference(d, m.logits.data, t * m.logits.row_stride, vocab, targets[t], transform);
+              const double tolerance = 2 * kTolerance + 3e-7 * transform.softcap;
+              expect_close(one[t], want, label(d, vocab, split) + " added slices", tolerance);
+              expect_close(parts[t], want, label(d, vocab, split) + " slices apart", tolerance);
+            }
+            for (float x : combine(added, &added, 1, offsets)) expect(x == 0 || x != x, "a difference to itself");
+          }
+  const std::vector<miwv::Partial> nowhere(2, {0, 1, NAN});
+  for (float x : combine(nowhere, nullptr, 1, {0, 1, 2})) expect(x != x, "a target in no slice");
+  expect(combine({}, nullptr, 1, {0}).empty(), "no tokens");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   static const std::pair<const char*, void (*)()> groups[] = {
-      {"values", check_values},      {"same_bits", check_same_bits}, {"special_values", check_special_values},
-      {"strides", check_strides},    {"responses", check_responses}, {"bad_indices", check_bad_indices},
-      {"split", check_split_choice},
+      {"values", check_values},      {"same_bits", check_same_bits},   {"special_values", check_special_values},
+      {"strides", check_strides},    {"responses", check_responses},   {"bad_indices", check_bad_indices},
+      {"split", check_split_choice}, {"transforms", check_transforms}, {"partials", check_partials},
   };
   if (argc > 2) emulation::exp2_error = float(std::atof(argv[2]));
   for (const auto& [name, check] : groups)

@@ -14,6 +14,7 @@
 namespace support {
 
 using miwv::DType;
+using miwv::Logits;
 
 inline long checks = 0, failures = 0;
 inline double worst_error = 0;  // beyond half a unit in the last place of the result
@@ -77,16 +78,18 @@ inline double get(DType d, const void* data, int64_t i) {
 
 // ---- The reference: log_softmax in float64, of a row that begins at element `base`
 
-inline double reference(DType d, const void* data, int64_t base, int64_t vocab, int64_t target) {
+inline double reference(DType d, const void* data, int64_t base, int64_t vocab, int64_t target,
+                        const miwv::LogitTransform& transform = {}) {
+  const auto logit = [&](int64_t i) { return miwv::transform_logit(get(d, data, base + i), transform); };
   double top = -INFINITY, sum = 0;
   for (int64_t i = 0; i < vocab; ++i) {
-    const double x = get(d, data, base + i);
+    const double x = logit(i);
     if (x != x) return NAN;
     top = std::max(top, x);
   }
   if (std::isinf(top)) return NAN;
-  for (int64_t i = 0; i < vocab; ++i) sum += std::exp(get(d, data, base + i) - top);
-  return get(d, data, base + target) - top - std::log(sum);
+  for (int64_t i = 0; i < vocab; ++i) sum += std::exp(logit(i) - top);
+  return logit(target) - top - std::log(sum);
 }
 
 // Rounding to float32, and: ex2.approx 2^-22; an argument of up to ln V = 14 rounded twice, 14 * 2^-23; the logarithm,
@@ -117,5 +120,22 @@ inline float normal() {
 inline int64_t below(int64_t n) {
   return static_cast<int64_t>(random_bits()() % static_cast<uint64_t>(n));
 }
+
+// A matrix that ends, or begins, at unmapped memory, with NaN between its rows.
+struct Matrix {
+  Matrix(DType d, int64_t vocab, int64_t num_rows, int64_t padding, int64_t offset, bool flush_with_end)
+      : bytes((offset + (num_rows - 1) * (vocab + padding) + vocab) * size_of(d)),
+        memory(bytes, flush_with_end),
+        logits{memory.data + offset * size_of(d), d, num_rows, vocab, vocab + padding, num_rows, 0} {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const float scale = row % 3 == 1 ? 10 : 2, shift = row % 4 == 2 ? 200 : row % 4 == 3 ? -300 : 0;
+      for (int64_t i = 0; i < vocab; ++i)
+        put(d, memory.data, offset + row * (vocab + padding) + i, normal() * scale + shift);
+    }
+  }
+  size_t bytes;
+  Guarded memory;
+  Logits logits;
+};
 
 }  // namespace support

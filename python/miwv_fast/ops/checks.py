@@ -1,0 +1,211 @@
+"""What is checked of the arguments, once, before anything else sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# The numbers are DType in csrc/rows.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The fields of `Logits` in csrc/rows.h: address, dtype, rows, V, row stride, rows per batch, batch stride.
+Packed = tuple[int, int, int, int, int, int, int]
+
+
+def is_plain(name: str, values: Tensor) -> bool:
+    """Whether a call may go past torch's dispatcher: a real tensor that no tracer, mode or transform looks at."""
+    if torch.compiler.is_compiling():
+        return False
+    plain = (
+        type(values) is Tensor
+        and not values.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+    if not plain:
+        check_floats(name, values)  # what is wrapped in a transform no longer shows that it requires a gradient
+    return plain
+
+
+def check_floats(name: str, values: Tensor) -> None:
+    """Raises unless `values` is a strided tensor of floats that needs no gradient."""
+    are, have, require = ("are", "have", "require") if name.endswith("logits") else ("is", "has", "requires")
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {kind(values)}")
+    if values.dtype not in DTYPES:
+        raise TypeError(f"{name} {are} {values.dtype}, must be float32, bfloat16 or float16")
+    if values.layout is not torch.strided:
+        raise TypeError(f"{name} {have} layout {values.layout}, it must be torch.strided; call {name}.to_dense()")
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} {require} a gradient, which this forward-only function cannot give: call it under "
+            f"torch.no_grad(), or pass {name}.detach()"
+        )
+    if values.is_neg():
+        raise ValueError(f"{name} {are} a negative view, whose memory holds other values; call {name}.resolve_neg()")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """Raises unless `logits` is [rows, V] or [B, T, V] and `check_floats` passes."""
+    check_floats(name, logits)
+    if logits.ndim not in (2, 3):
+        raise ValueError(f"{name} have shape {tuple(logits.shape)}, it must be [rows, V] or [B, T, V]")
+
+
+def pack_logits(name: str, logits: Tensor) -> Packed:
+    """How the rows lie in memory, after all checks that need no data."""
+    check_logits(name, logits)
+    shape, strides = logits.shape, logits.stride()
+    if len(shape) == 2:
+        num_rows, vocab = shape
+        rows_per_batch, batch_stride = num_rows, 0
+    else:
+        batches, rows_per_batch, vocab = shape
+        num_rows, batch_stride = batches * rows_per_batch, strides[0]
+    if strides[-1] != 1 and vocab > 1:
+        raise ValueError(
+            f"{name} have stride {strides[-1]} between the entries of a row, it must be 1; call {name}.contiguous()"
+        )
+    return (
+        logits.data_ptr(),
+        DTYPES[logits.dtype],
+        num_rows,
+        vocab,
+        strides[-2],
+        rows_per_batch or 1,
+        batch_stride,
+    )
+
+
+def check_pair(one_shot: Tensor, zero_shot: Tensor, name: str, width: str) -> None:
+    """Raises unless both have one dtype, device and width."""
+    for what, one, zero in (
+        ("dtype", one_shot.dtype, zero_shot.dtype),
+        ("device", one_shot.device, zero_shot.device),
+        (width, one_shot.shape[-1], zero_shot.shape[-1]),
+    ):
+        if one != zero:
+            raise ValueError(f"zero_shot_{name} have {what} {zero}, it must be {one}, that of one_shot_{name}")
+
+
+def check_index_kinds(**named: Tensor | None) -> None:
+    """`check_indices` of those that are given: before torch's dispatcher, which speaks of schemas."""
+    for name, values in named.items():
+        if values is not None:
+            check_indices(name, values)
+
+
+def check_indices(name: str, values: Tensor) -> None:
+    """Raises unless `values` is a one-dimensional tensor of int64 or int32."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be an int64 or int32 tensor, not {kind(values)}")
+    if values.dtype is not torch.int64 and values.dtype is not torch.int32:
+        raise TypeError(f"{name} are {values.dtype}, they must be int64 or int32")
+    if values.ndim != 1:
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, they must have one dimension")
+
+
+def indices(name: str, values: Tensor, beside: Tensor) -> Tensor:
+    """`values` as adjacent int64, on the device of the logits or hidden states `beside` them."""
+    check_indices(name, values)
+    if values.dtype is not torch.int64:
+        values = values.to(torch.int64)
+    if not (values.is_cpu and beside.is_cpu) and values.device != beside.device:
+        raise ValueError(f"{name} are on {values.device}, they must be on {beside.device}, where the logits are")
+    return values if values.is_contiguous() else values.contiguous()
+
+
+def rows_of(name: str, rows: Tensor | None, targets: Tensor, beside: Tensor, num_rows: int) -> Tensor | None:
+    """`rows`, one for each target; None where there is a target for every row."""
+    if rows is None:
+        if num_rows != targets.numel():
+            raise ValueError(
+                f"targets have {targets.numel()} entries, they must have {num_rows}, one for each row of the logits; "
+                f"give {name} to score some of the rows"
+            )
+        return None
+    rows = indices(name, rows, beside)
+    if rows.numel() != targets.numel():
+        raise ValueError(f"{name} have {rows.numel()} entries, they must have {targets.numel()}, one for each target")
+    return rows
+
+
+def offsets_of(offsets: Tensor, beside: Tensor) -> Tensor:
+    """`offsets` of at least no response."""
+    offsets = indices("offsets", offsets, beside)
+    if not offsets.numel():
+        raise ValueError("offsets are empty, they must have one entry more than there are responses")
+    return offsets
+
+
+def check_range(name: str, values: Tensor | None, end: int | None, what: str) -> None:
+    """Raises for an entry outside [0, end), in the words of the CPU kernels; waits for a device."""
+    if values is None:
+        return
+    bad = values < 0 if end is None else (values < 0) | (values >= end)
+    if len(places := bad.nonzero()):
+        first = int(places[0])
+        raise ValueError(f"{name}[{first}] is {int(values[first])}, outside [0, {end or '...'}), {what}")
+
+
+def check_values(
+    targets: Tensor, num_rows: int, vocab: int, offsets: Tensor | None = None, **rows: Tensor | None
+) -> None:
+    """What the CPU kernels check while they run, in the same words, for data on a device that cannot raise."""
+    for name, values in rows.items():
+        check_range(name, values, num_rows, "the rows of the logits")
+    check_range("targets", targets, vocab, "the vocabulary of the logits")
+    if offsets is None:
+        return
+    ends, count = offsets.tolist(), targets.numel()
+    if ends[0] != 0:
+        raise ValueError(f"offsets[0] is {ends[0]}, it must be 0")
+    for b, (begin, end) in enumerate(pairwise(ends)):
+        if begin > end:
+            raise ValueError(f"offsets[{b + 1}] is {end}, less than offsets[{b}], which is {begin}")
+    if ends[-1] != count:
+        raise ValueError(f"offsets[{len(ends) - 1}] is {ends[-1]}, it must be {count}, the number of targets")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> None:
+    """Raises unless hidden states and an output head fit each other."""
+    for name, values in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if values is None:
+            continue
+        check_floats(name, values)
+        if values.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {values.dtype}, it must be {hidden.dtype}, the dtype of hidden")
+        if values.device != hidden.device:
+            raise ValueError(f"{name} is on {values.device}, it must be on {hidden.device}, where hidden is")
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be [rows, H] or [B, T, H]")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, it must be [V, {hidden.shape[-1]}], V at least 1")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, it must be [{weight.shape[0]}], one for each of V")
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if value is not None and not (isinstance(value, float | int) and 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r}, it must be a finite number above 0")
+
+
+def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
+    """Raises unless these are results of `response_nll_partials` for the same tokens."""
+    if not isinstance(partials, Sequence) or not partials:
+        raise TypeError(f"partials must be a list of at least one tensor, not {kind(partials)}")
+    for place, part in enumerate(partials):
+        if not isinstance(part, Tensor) or part.dtype is not torch.float64:
+            raise TypeError(f"partials[{place}] must be a float64 tensor, not {kind(part)}")
+        if part.ndim != 2 or part.shape[1] != 3 or part.shape != partials[0].shape:
+            expected = f"[{partials[0].shape[0]}, 3]" if partials[0].ndim == 2 else "[T, 3]"
+            raise ValueError(f"partials[{place}] has shape {tuple(part.shape)}, it must be {expected}")
+    check_indices("offsets", offsets)
+
+
+def kind(value: object) -> str:
+    """What a value is, for a message."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

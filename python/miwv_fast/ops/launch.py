@@ -1,0 +1,68 @@
+"""Calls of the compiled kernels: which device's, with how many threads, on which stream, with what scratch memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miwv_fast import _core
+from miwv_fast.ops.checks import Packed
+
+# Whether several blocks of a GPU share a row: 1 always, 0 never, -1 where there are few rows. Only time depends on it;
+# tests and benchmarks change it.
+cuda_split = -1
+
+
+def require_kernels(tensor: Tensor) -> None:
+    """Raises unless there are kernels for the tensor's device."""
+    if tensor.is_cpu or (tensor.is_cuda and _core.has_cuda):
+        return
+    if tensor.is_cuda:
+        raise RuntimeError(
+            "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the "
+            "environment variable MIWV_CUDA_WHEELS=1"
+        )
+    raise ValueError(f"logits are on {tensor.device}, they must be on cpu or cuda")
+
+
+def run_rows(
+    name: str,
+    arguments: tuple[object, ...],
+    logits: Tensor,
+    packed: Packed,
+    num_tokens: int,
+    *,
+    sides: int = 1,
+    per_response: bool = False,
+) -> None:
+    """Calls a kernel that reads rows of logits; on CUDA with scratch memory of torch's, on its current stream."""
+    if logits.is_cpu:
+        getattr(_core, f"cpu_{name}")(*arguments, torch.get_num_threads())
+        return
+    index = logits.device.index
+    with torch.cuda.device(index):
+        size = _core.cuda_scratch_bytes(packed, num_tokens, sides, per_response, index, cuda_split)
+        scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+        launch = (index, torch.cuda.current_stream(index).cuda_stream, scratch.data_ptr(), cuda_split)
+        getattr(_core, f"cuda_{name}")(*arguments, launch)
+
+
+def combine(partials: Tensor, minus: Tensor | None, offsets: Tensor) -> Tensor:
+    """Mean NLL of each response, float32 [B], by partials float64 [slices, T, 3], less that by `minus`."""
+    slices, num_tokens, _ = partials.shape
+    out = partials.new_empty(offsets.numel() - 1, dtype=torch.float32)
+    arguments = (partials.data_ptr(), address(minus), slices, num_tokens, offsets.data_ptr(), out.numel())
+    if partials.is_cpu:
+        _core.cpu_combine_partials(*arguments, out.data_ptr())
+        return out
+    index = partials.device.index
+    with torch.cuda.device(index):
+        logprobs = partials.new_empty(2, num_tokens)
+        launch = (index, torch.cuda.current_stream(index).cuda_stream, logprobs.data_ptr(), cuda_split)
+        _core.cuda_combine_partials(*arguments, out.data_ptr(), launch)
+    return out
+
+
+def address(values: Tensor | None) -> int:
+    """Where a tensor's data lie, 0 for none."""
+    return 0 if values is None else values.data_ptr()
