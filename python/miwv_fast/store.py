@@ -113,7 +113,7 @@ class Run:
         if hashlib.sha256(content).hexdigest() != self.manifest["neighbor_table"]:
             _set_aside(path, "its content does not match its checksum")
             return None
-        table = pq.read_table(pa.BufferReader(content))
+        table = _read_table(content)
         columns = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names]
         return Neighbors(columns[0].reshape(records, k), columns[1].reshape(records, k))
 
@@ -191,7 +191,7 @@ def read_parts(folder: Path) -> Iterator[Part]:
         if not unit.isdigit() or hashlib.sha256(content).hexdigest()[:32] != digest:
             yield Part(path, -1, None, damage="its content does not match its checksum")
             continue
-        table = pq.read_table(pa.BufferReader(content))
+        table = _read_table(content)
         cost = json.loads(table.schema.metadata[b"cost"])
         one_shot = table["one_shot"].to_numpy()
         number, nll = table["number"].to_numpy(), table["nll"].to_numpy()
@@ -307,6 +307,16 @@ def _set_aside(path: Path, reason: str) -> None:
     aside.mkdir(exist_ok=True)
     os.replace(path, aside / path.name)
     _log.warning("%s: %s; set aside in %s and computed again", path.name, reason, aside)
+
+
+def _read_table(content: bytes) -> pa.Table:
+    """A Parquet file's table, read by this thread alone.
+
+    `pq.read_table` leaves the content to a thread of Arrow's, which may drop it, and ask for the GIL, while the
+    interpreter ends: the process then aborts.
+    """
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
+        return file.read(use_threads=False)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
