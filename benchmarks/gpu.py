@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from gpu_cases import DTYPES, ROWS, VOCABS, Case, Timer, grid, measure, problem_of
+from gpu_head import head_cases, head_table, measure_head
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("triton", "liger-kernel", "flash-attn", "trl", "quack-kernels")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no CUDA device: give --dry-run to see the list of cases", file=sys.stderr)
         return 2
     report: dict[str, object] = {"command": "python " + " ".join(["benchmarks/gpu.py", *(argv or sys.argv[1:])])}
-    report |= environment() | {"checks": {}, "cases": []}
+    report |= environment() | {"checks": {}, "cases": [], "head": [], "model": None}
     path = arguments.out / f"gpu-{slug(str(report['device'] or 'dry-run'))}-{report['date']}.json"
     passed = True
     if not arguments.dry_run:
@@ -48,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = list(grid(tuple(arguments.vocabs), tuple(arguments.rows)))
     if arguments.dry_run:
         report["cases"] = [case.as_json() for case in cases]
+        report["head"] = list(head_cases())
     elif passed or arguments.keep_going:
+        report["head"] = run_head(arguments, report, path)
+        report["model"] = run_model(arguments)
         report["cases"], report["cases_left_out"] = run(cases, arguments, report, path)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["cases"]))
+    print(head_table(report["head"]))
+    print(json.dumps(report["model"]))
     for name, result in report["checks"].items():
         print(
             f"{name}: {'ok' if result['ok'] else 'left out' if result['ok'] is None else 'FAILED'} {result['summary']}"
@@ -69,6 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-going", action="store_true", help="time even where a check failed")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--minutes", type=float, default=60, help="begin no case after this long (default 60)")
+    parser.add_argument("--records", type=int, default=8192, help="of the end-to-end pass with a 7B shape (0: none)")
     parser.add_argument("--vocabs", type=int, nargs="+", default=VOCABS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     arguments = parser.parse_args(argv)
@@ -183,6 +190,33 @@ def run(
         print(line(done[-1]), flush=True)
         path.write_text(json.dumps(report | {"cases": done}, indent=1) + "\n")
     return done, left_out
+
+
+def run_head(arguments: argparse.Namespace, report: dict[str, object], path: Path) -> list[dict[str, object]]:
+    """The head without logits, in slices of several sizes; the file is there after each case."""
+    device = torch.device("cuda", 0)
+    timer, done = Timer(device), []
+    for case in head_cases():
+        if time.monotonic() - arguments.begin > 60 * arguments.minutes:
+            break
+        try:
+            done.append(measure_head(case, timer, device))
+        except torch.OutOfMemoryError as error:
+            done.append(case | {"reason": str(error).splitlines()[0]})
+        torch.cuda.empty_cache()
+        print(done[-1], flush=True)
+        path.write_text(json.dumps(report | {"head": done}, indent=1) + "\n")
+    return done
+
+
+def run_model(arguments: argparse.Namespace) -> dict[str, object] | None:
+    """The end-to-end pass, in a process of its own, so that its memory is its own; what it printed last if it fails."""
+    if not arguments.records or time.monotonic() - arguments.begin > 60 * arguments.minutes:
+        return None
+    out = arguments.out / "gpu-model.json"
+    command = [sys.executable, "benchmarks/gpu_model.py", "--records", str(arguments.records), "--output", str(out)]
+    result = step("model", command, arguments.out)
+    return json.loads(out.read_text()) if result["ok"] else result
 
 
 def table(cases: list[dict[str, object]]) -> str:

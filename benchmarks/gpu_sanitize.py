@@ -33,10 +33,27 @@ def check(dtype: torch.dtype, vocab: int, start: int) -> None:
                 ops.token_logprobs(logits, there[0], there[2]),
                 ops.response_nll(logits, there[0], there[1], there[2]),
                 ops.response_nll_difference(logits, logits.flip(0), there[0], there[1], there[2], there[2]),
+                *head_losses(logits, *there),
             ]
         )
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def head_losses(
+    logits: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor
+) -> list[torch.Tensor]:
+    """The same rows as a head's: five hidden states, the first five entries of each row; whole, capped, in pieces."""
+    hidden, weight = logits.new_tensor([[0.5] * 5] * 5), logits.T.contiguous()
+    halves = (len(weight) + 1) // 2
+    parts = [
+        ops.response_nll_partials(hidden, weight[a:b], targets, rows, first=a)
+        for a, b in ((0, halves), (halves, len(weight)))
+        if b > a
+    ]
+    return [
+        ops.linear_response_nll(hidden, weight, targets, offsets, rows, softcap=softcap) for softcap in (None, 20.0)
+    ] + [ops.combine_partials(parts, offsets)]
 
 
 if __name__ == "__main__":

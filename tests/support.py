@@ -101,18 +101,25 @@ def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0
         "initializer_range": 0.3,
         "pad_token_id": None,
     }
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=max_length, initializer_range=0.3, **common
-        )
-    else:
-        configs = {
-            "llama": transformers.LlamaConfig,
-            "qwen3": transformers.Qwen3Config,
-            "gemma2": transformers.Gemma2Config,
-        }
-        config = configs[kind](**llama_like, **common)
+    mamba = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3, "pad_token_id": None}
+    falcon = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": max_length, "initializer_range": 0.3}
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("LlamaConfig", llama_like),
+        "qwen3": ("Qwen3Config", llama_like),
+        "gemma2": ("Gemma2Config", llama_like),
+        "gemma3": ("Gemma3TextConfig", {**llama_like, "final_logit_softcapping": 12.0}),
+        "granite": ("GraniteConfig", {**llama_like, "logits_scaling": 8.0}),
+        "cohere": ("CohereConfig", {**llama_like, "logit_scale": 0.25}),
+        "gpt2": ("GPT2Config", gpt2),
+        "phi": ("PhiConfig", llama_like),
+        "mistral": ("MistralConfig", llama_like),
+        "falcon_h1": ("FalconH1Config", {**llama_like, **falcon, "lm_head_multiplier": 0.6}),
+        "mamba": ("MambaConfig", mamba),
+    }
+    name, options = configs[kind]
     torch.manual_seed(seed)
+    config = getattr(transformers, name)(**options, **common)
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 

@@ -24,6 +24,7 @@ def test_dry_run(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     assert str(path) in done.stdout and "| kernel | V | rows |" in done.stdout
     assert {"command", "date", "device", "driver", "versions", "checks", "cases"} <= set(report)
+    assert len(report["head"]) == 3 * 3 * 5 and report["model"] is None
     keys = {"kernel", "dtype", "vocab", "rows", "density", "view", "seconds", "bytes", "fraction_of_copy"}
     shapes = set()
     for case in report["cases"]:
@@ -32,6 +33,17 @@ def test_dry_run(tmp_path: Path) -> None:
         shapes.add((case["vocab"], case["rows"], case["density"], case["view"]))
     assert len(shapes) == 5 * 5 * 3 * 2
     assert {case["bytes"] for case in report["cases"] if case["vocab"] == 50257 and case["rows"] == 1} == {2 * 50257}
+
+
+def test_the_end_to_end_pass_on_a_cpu(tmp_path: Path) -> None:
+    """A model of no size over the lengths of 300 records: the plan, the batches and the figures are the real ones."""
+    command = [sys.executable, str(GPU.with_name("gpu_model.py")), "--device", "cpu", "--shape", "tiny"]
+    command += ["--records", "300", "--output", str(tmp_path / "model.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "model.json").read_text())
+    assert 0.6 < result["forwarded_tokens"] / result["two_plain_passes_tokens"] < 0.75
+    assert 0 < result["fraction_of_matrix_product"] < 1 and result["padding_share"] < 0.1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

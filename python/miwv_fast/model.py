@@ -1,9 +1,8 @@
-"""A causal language model that gives the mean negative log-likelihood of responses, from response rows only."""
+"""A causal language model that gives the mean negative log-likelihood of responses and keeps what others continue."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import sys
@@ -17,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from miwv_fast import ops
+from miwv_fast.head import Scored, agree, find_head, positions_at_a_time
 from miwv_fast.templates import TokenSequence
 
 _log = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ class Prefixes:
 
 
 class CausalLM:
-    """A model, its tokenizer, how its logits at scored positions are had, and whether sequences can share a prefix.
+    """A model, its tokenizer, how its losses at scored positions are had, and whether sequences can share a prefix.
 
-    `max_length` is the number of positions the model knows, None where it has no limit. `keeps_rows`: it gives logits
-    at chosen positions only. `shared_length`: the longest sequence that can be run behind the kept keys and values of
-    its beginning, 0 where none can.
+    `max_length` is the number of positions the model knows, None where it has no limit. `head.name` is the way to the
+    losses: `direct`, `rows` or `all`. `shared_length`: the longest sequence that can be run behind the kept keys and
+    values of its beginning, 0 where none can.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -76,9 +76,7 @@ class CausalLM:
         config = model.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size = int(config.vocab_size)
-        self.keeps_rows = self._check_rows()
-        if not self.keeps_rows:
-            _log.warning("%s cannot give logits at chosen positions only: all of them are computed", name)
+        self.head = find_head(self.model, name)
         self.cache_bytes_per_token = 0
         self.shared_length = self._check_sharing()
 
@@ -92,15 +90,34 @@ class CausalLM:
         return int(torch.cuda.get_device_properties(self.device).total_memory) - weights
 
     def default_batch_tokens(self) -> int:
-        """A token budget whose logits, if every position were scored, take a quarter of a GPU's room.
+        """A token budget by what the weights leave of a GPU, or by the workspace where all logits are computed.
 
         On a CPU 1,024: time per token is flat from 256 to 8,192 (benchmarks/batch_tokens.py), and a budget measured
         anew at every start would change the last bits of the scores from run to run.
         """
-        if self.device.type != "cuda":
-            return 1024
-        logits = self.vocab_size * self.model.dtype.itemsize
-        return max(1024, min(32768, self.room() // 4 // logits))
+        if self.device.type == "cuda":
+            # What a layer holds of a token at once: some 16 vectors of the hidden size, a multiple of it in the MLP.
+            held = 64 * int(self.model.config.get_text_config().hidden_size) * self.model.dtype.itemsize
+            budget = max(1024, min(32768, self.room() // 4 // held))
+        else:
+            budget = 1024
+        return min(budget, positions_at_a_time(self.model)) if self.head.name == "all" else budget
+
+    def describe(self) -> dict[str, Any]:
+        """What was found out about the model: for bug reports, and for those who wonder which path it takes."""
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "vocabulary": self.vocab_size,
+            "max_length": self.max_length,
+            "head": self.head.name,
+            "logit_scale": getattr(self.head, "scale", None),
+            "logit_softcap": getattr(self.head, "softcap", None),
+            "shares_prefixes": self.shared_length > 0,
+            "batch_tokens": self.default_batch_tokens(),
+        }
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and of every weight as it is in memory, hexadecimal."""
@@ -133,54 +150,27 @@ class CausalLM:
         width = max(len(sequence.ids) for sequence in sequences)
         ids = torch.zeros(len(sequences), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        rows = torch.zeros(len(sequences), width, dtype=torch.bool)
         for place, sequence in enumerate(sequences):
-            length = len(sequence.ids)
-            ids[place, :length] = torch.from_numpy(sequence.ids)
-            mask[place, :length] = 1
-            rows[place, torch.from_numpy(sequence.rows).long()] = True
-        targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences])).long()
-        counts = [len(sequence.targets) for sequence in sequences]
-        offsets = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64))
-        logits, cache = self._forward(ids, mask, rows, prefixes, keep)
-        chosen = None if logits.ndim == 2 else rows.flatten().nonzero().squeeze(1).to(logits.device)
-        return ops.response_nll(logits, targets.to(logits.device), offsets.to(logits.device), chosen), cache
-
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, prefixes: Prefixes | None, keep: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """Logits of the chosen rows [T, V], or of all positions [B, S, V]; and the cache, if it is kept."""
-        options: dict[str, Any] = {"use_cache": keep or prefixes is not None}
+            ids[place, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
+            mask[place, : len(sequence.ids)] = 1
+        rows = [place * width + sequence.rows.astype(np.int64) for place, sequence in enumerate(sequences)]
+        targets = [sequence.targets.astype(np.int64) for sequence in sequences]
+        offsets = np.cumsum([0, *(len(part) for part in targets)], dtype=np.int64)
+        scored = Scored(
+            *(torch.from_numpy(values) for values in (np.concatenate(rows), np.concatenate(targets), offsets))
+        )
+        inputs: dict[str, Any] = {"use_cache": keep or prefixes is not None}
         if prefixes is not None:
             from transformers import DynamicCache
 
             lengths = torch.from_numpy(prefixes.lengths)[:, None]
-            width = prefixes.layers[0][0].shape[2]
-            mask = torch.cat([(torch.arange(width) < lengths).long(), mask], dim=1)
-            options["position_ids"] = (lengths + torch.arange(ids.shape[1])).to(self.device)
-            options["past_key_values"] = DynamicCache(prefixes.layers)
-        if self.keeps_rows:
-            options["logits_to_keep"] = rows.to(self.device)
-        result = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options)
-        if not isinstance(result.logits, torch.Tensor):
-            raise ValueError(f"{self.name} gives no logits; it is no causal language model")
-        logits = result.logits.squeeze(0) if self.keeps_rows and result.logits.ndim == 3 else result.logits
-        return logits, result.past_key_values if keep else None
-
-    @torch.inference_mode()
-    def _check_rows(self) -> bool:
-        """Whether `logits_to_keep` takes a mask and gives those very rows: asked of the model, not of its name."""
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return False
-        ids = torch.arange(6, device=self.device).reshape(2, 3) % self.vocab_size
-        keep = torch.tensor([[False, True, False], [True, False, True]], device=self.device)
-        everything = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        full = self.model(**everything).logits[keep]
-        try:
-            rows = self.model(**everything, logits_to_keep=keep).logits
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            return False
-        return _agree(rows.squeeze(0) if rows.ndim == 3 else rows, full)
+            before = torch.arange(prefixes.layers[0][0].shape[2]) < lengths
+            mask = torch.cat([before.long(), mask], dim=1)
+            inputs["position_ids"] = (lengths + torch.arange(width)).to(self.device)
+            inputs["past_key_values"] = DynamicCache(prefixes.layers)
+        inputs.update(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        nll, cache = self.head.response_nll(inputs, scored)
+        return nll, cache if keep else None
 
     @torch.inference_mode()
     def _check_sharing(self) -> int:
@@ -205,20 +195,12 @@ class CausalLM:
             _log.debug("%s cannot share prefixes: %s", self.name, error)
             return 0
         # The losses are float32, their rounding is that of the model's type.
-        if not _agree(behind, self.response_nll(whole), self.model.dtype):
+        if not agree(behind, self.response_nll(whole), self.model.dtype):
             return 0
         kept = sum(tensor.nbytes for layer in prefixes.layers for tensor in layer)
         self.cache_bytes_per_token = kept // prefixes.layers[0][0].shape[0] // prefixes.layers[0][0].shape[2]
         windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
         return min([window - 1 for window in windows], default=sys.maxsize)
-
-
-def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Equal up to the rounding of products of another shape; logits of another position differ by far more."""
-    if a.shape != b.shape:
-        return False
-    eps = torch.finfo(dtype or a.dtype).eps
-    return bool((a - b).abs().max() <= (64 if eps < 1e-4 else 8) * eps * float(b.abs().max()))
 
 
 def load_model(

@@ -1,0 +1,295 @@
+"""How the losses of scored tokens are had from a model: three ways, the first of which that is exact for it.
+
+`direct`: hidden states at scored positions and the weight of the output head; the logits are never held. `rows`: the
+model's own logits at scored positions, as many at a time as a workspace holds. `all`: all of its logits.
+
+Which of them a model allows is tried on a few tokens when it is loaded, and not read off its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from miwv_fast import ops
+
+WORKSPACE_BYTES = 256 << 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Which logits of a forward pass count: row `b * S + s` is position s of sequence b; all int64.
+
+    rows [T], targets [T], offsets [B + 1] as in `ops.response_nll`.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    offsets: Tensor
+
+    def to(self, device: torch.device) -> Scored:
+        """The same on another device."""
+        return Scored(*(values.to(device, non_blocking=True) for values in (self.rows, self.targets, self.offsets)))
+
+
+class Head(Protocol):
+    """A way from a model's inputs to losses."""
+
+    name: str
+
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+        """Mean NLL in nats of each response, float32 [B], by one forward pass; and the model's cache."""
+        ...
+
+
+def find_head(model: Any, name: str) -> Head:
+    """The way to a model's losses that holds least and is exact: tried, with a warning where all logits are needed."""
+    inputs, scored = _probe(model)
+    with torch.inference_mode():
+        logits = getattr(model(**inputs), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{name} gives no logits; it is no causal language model")
+    direct = _try_direct(model, inputs, scored, logits)
+    if direct is not None:
+        return direct
+    rows = _try_rows(model, inputs, scored, logits)
+    if rows is not None:
+        return rows
+    _log.warning("%s cannot give logits at chosen positions only: all of them are computed, in small batches", name)
+    return AllLogits(model)
+
+
+# ---- The ways
+
+
+@dataclass(frozen=True)
+class DirectHead:
+    """Multiplies hidden states by the head's weight, a slice at a time, and applies what the model does to logits."""
+
+    model: Any
+    scale: float = 1.0
+    softcap: float | None = None
+    name: str = "direct"
+
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+        """The head itself gets nothing to do: its input is taken and an empty one handed on."""
+        taken: list[Tensor] = []
+
+        def take(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
+            taken.append(arguments[0])
+            return (arguments[0][:, :0],)
+
+        linear = self.model.get_output_embeddings()
+        with _hook(linear.register_forward_pre_hook(take)):
+            cache = self.model(**inputs).get("past_key_values")
+        (hidden,) = taken
+        there = scored.to(linear.weight.device)
+        nll = ops.linear_response_nll(
+            hidden.to(linear.weight.device, non_blocking=True),
+            linear.weight,
+            there.targets,
+            there.offsets,
+            there.rows,
+            bias=linear.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            workspace_bytes=WORKSPACE_BYTES,
+        )
+        return nll, cache
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Asks the model for logits at scored positions, by `logits_to_keep`; what comes before the head is run once."""
+
+    model: Any
+    name: str = "rows"
+
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+        """In chunks of positions whose logits fit the workspace."""
+        count, chunk = len(scored.rows), positions_at_a_time(self.model)
+        if count <= chunk:
+            result = self._run(inputs, scored.rows)
+            there = scored.to(result.logits.device)
+            return ops.response_nll(_flat(result.logits), there.targets, there.offsets), result.get("past_key_values")
+        logprobs, cache = [], None
+        with _run_once(self.model.base_model):
+            for begin in range(0, count, chunk):
+                result = self._run(inputs, scored.rows[begin : begin + chunk])
+                targets = scored.targets[begin : begin + chunk].to(result.logits.device)
+                logprobs.append(ops.token_logprobs(_flat(result.logits), targets).double())
+                cache = result.get("past_key_values")
+        known = torch.cat(logprobs)
+        # A token whose log-probability p is known: a maximum of 0, a sum of 1, a logit of p.
+        partials = torch.stack([torch.zeros_like(known), torch.ones_like(known), known], dim=1)
+        return ops.combine_partials([partials], scored.offsets.to(known.device)), cache
+
+    def _run(self, inputs: dict[str, Any], rows: Tensor) -> Any:
+        keep = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        keep.view(-1)[rows] = True
+        return self.model(**inputs, logits_to_keep=keep.to(inputs["input_ids"].device))
+
+
+@dataclass(frozen=True)
+class AllLogits:
+    """Takes the logits at all positions."""
+
+    model: Any
+    name: str = "all"
+
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+        """The rows that count are picked out of all."""
+        result = self.model(**inputs)
+        there = scored.to(result.logits.device)
+        nll = ops.response_nll(result.logits, there.targets, there.offsets, there.rows)
+        return nll, getattr(result, "past_key_values", None)
+
+
+def positions_at_a_time(model: Any) -> int:
+    """How many positions' logits fit the workspace, in float32."""
+    return max(1, WORKSPACE_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
+
+
+# ---- Trying them
+
+
+@torch.inference_mode()
+def _try_direct(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tensor) -> DirectHead | None:
+    try:
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear) or linear.weight.is_meta or not linear.weight.is_floating_point():
+            return None
+        taken: list[tuple[Tensor, Tensor]] = []
+        with _hook(linear.register_forward_hook(lambda module, arguments, out: taken.append((arguments[0], out)))):
+            model(**inputs)
+        (hidden, out), *others = taken
+        plain = nn.functional.linear(hidden.to(linear.weight.device), linear.weight, linear.bias)
+        if others or hidden.shape[:2] != inputs["input_ids"].shape or not agree(plain, out):
+            return None
+        transform = _find_transform(model, linear, inputs)
+        if transform is None:
+            return None
+        direct = DirectHead(model, *transform)
+        nll, _ = direct.response_nll(inputs, scored)
+        expected = -logits.flatten(0, 1).double().log_softmax(-1)[scored.rows, scored.targets]
+        # The losses are float32, the rounding of what they are compared with is that of the model's type.
+        return direct if agree(nll.double(), expected.to(nll.device), linear.weight.dtype, logits.abs().max()) else None
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        _log.debug("no direct way to the losses: %s", error)
+        return None
+
+
+def _find_transform(model: Any, linear: nn.Linear, inputs: dict[str, Any]) -> tuple[float, float | None] | None:
+    """The scale and softcap that lie between the head and the logits, None if that is not what lies there.
+
+    The head is made to give numbers of all magnitudes, and what the model makes of them is compared with what scales
+    and softcaps, taken from its configuration, would make of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    given: list[Tensor] = []
+
+    def replace(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+        exponents = torch.rand(out.shape, generator=generator) * 14 - 4  # beyond any softcap, within float16
+        signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
+        given.append((signs * exponents.exp()).to(out))
+        return given[0]
+
+    with _hook(linear.register_forward_hook(replace)):
+        got = model(**inputs).logits.double()
+    x = given[0].double().to(got.device)
+    config = model.config.get_text_config().to_dict()
+    values = [
+        float(value)
+        for key, value in config.items()
+        if ("logit" in key or "lm_head" in key) and type(value) in (int, float) and value > 0
+    ]
+    for scale, softcap in product([1.0, *values, *(1 / value for value in values)], [None, *values]):
+        y = x * scale
+        expected = y if softcap is None else softcap * torch.tanh(y / softcap)
+        # Up to three roundings, each relative to what is rounded.
+        if (
+            got.shape == x.shape
+            and ((got - expected).abs() <= 4 * torch.finfo(given[0].dtype).eps * expected.abs()).all()
+        ):
+            return scale, softcap
+    return None
+
+
+@torch.inference_mode()
+def _try_rows(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tensor) -> KeptRows | None:
+    """Whether `logits_to_keep` takes a mask and gives those very rows, at once and one after the other."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    expected = logits.flatten(0, 1)[scored.rows]
+    try:
+        kept = KeptRows(model)
+        at_once = _flat(kept._run(inputs, scored.rows).logits)
+        with _run_once(model.base_model):
+            one_by_one = [_flat(kept._run(inputs, row[None]).logits) for row in scored.rows]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        _log.debug("no logits at chosen positions: %s", error)
+        return None
+    return kept if agree(at_once, expected) and agree(torch.cat(one_by_one), expected) else None
+
+
+def _probe(model: Any) -> tuple[dict[str, Any], Scored]:
+    """Two sequences of three tokens, of which three are scored, each a response of its own."""
+    ids = torch.arange(6, device=model.device).reshape(2, 3) % int(model.config.get_text_config().vocab_size)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return inputs, Scored(torch.tensor([1, 3, 5]), torch.tensor([2, 1, 0]), torch.arange(4))
+
+
+def agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, magnitude: Tensor | None = None) -> bool:
+    """Equal up to the rounding of products of another shape; logits of another position differ by far more.
+
+    The rounding is that of `dtype` at `magnitude`; by default that of `a` at the largest of `b`.
+    """
+    if a.shape != b.shape:
+        return False
+    eps = torch.finfo(dtype or a.dtype).eps
+    largest = float(b[b.isfinite()].abs().max() if magnitude is None else magnitude)
+    return torch.allclose(a, b, rtol=0, atol=(64 if eps < 1e-4 else 8) * eps * largest)
+
+
+def _flat(logits: Tensor) -> Tensor:
+    """Logits of chosen positions as [T, V]; some models keep a batch dimension of 1."""
+    return logits.squeeze(0) if logits.ndim == 3 else logits
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _run_once(base: nn.Module) -> Iterator[None]:
+    """Within, a module gives its first output again and again: what follows it can be run in parts."""
+    own = base.__dict__.get("forward")
+    forward, outputs = base.forward, []
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        if not outputs:
+            outputs.append(forward(*arguments, **options))
+        return outputs[0]
+
+    base.forward = once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del base.forward
+        else:
+            base.forward = own  # type: ignore[method-assign]
