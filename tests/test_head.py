@@ -200,11 +200,11 @@ class Stubborn(nn.Module):
         self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
         self.forward = self.with_keyword if wrong else self.without_keyword
 
-    def with_keyword(self, input_ids, attention_mask, use_cache, logits_to_keep=None):
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=0)
+    def with_keyword(self, input_ids, use_cache, logits_to_keep=None):
+        return self.inner(input_ids=input_ids, logits_to_keep=0)
 
-    def without_keyword(self, input_ids, attention_mask, use_cache):
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+    def without_keyword(self, input_ids, use_cache):
+        return self.inner(input_ids=input_ids)
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -1,8 +1,7 @@
-"""The operators inside torch: compile, fake tensors, transforms, gradients, views, and what a call costs."""
+"""The operators inside torch: compile, fake tensors, transforms, gradients and views."""
 
 from __future__ import annotations
 
-import timeit
 from typing import Any
 
 import pytest
@@ -142,13 +141,3 @@ def test_build_info() -> None:
     info = ops.build_info()
     assert info["isa"] in info["available_isas"] and info["available_isas"][0] == "generic"
     assert info["threads"] == torch.get_num_threads() and isinstance(info["cuda"], bool)
-
-
-def test_call_overhead() -> None:
-    """A one-row call of eight logits. The bounds are five times the goals, for slow and busy machines."""
-    logits, target = torch.randn(1, 8), torch.tensor([3])
-    for call, goal in (
-        (lambda: ops.token_logprobs(logits, target), 5e-6),
-        (lambda: torch.ops.miwv_fast.token_logprobs.default(logits, target), 10e-6),
-    ):
-        assert min(timeit.repeat(call, number=200, repeat=20)) / 200 < 5 * goal

@@ -245,7 +245,7 @@ def _try_rows(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tensor
 def _probe(model: Any) -> tuple[dict[str, Any], Scored]:
     """Two sequences of three tokens, of which three are scored, each a response of its own."""
     ids = torch.arange(6, device=model.device).reshape(2, 3) % int(model.config.get_text_config().vocab_size)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    inputs = {"input_ids": ids, "use_cache": False}
     return inputs, Scored(torch.tensor([1, 3, 5]), torch.tensor([2, 1, 0]), torch.arange(4))
 
 

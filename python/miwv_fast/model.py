@@ -149,26 +149,26 @@ class CausalLM:
     ) -> tuple[torch.Tensor, Any]:
         width = max(len(sequence.ids) for sequence in sequences)
         ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
         for place, sequence in enumerate(sequences):
             ids[place, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
-            mask[place, : len(sequence.ids)] = 1
         rows = [place * width + sequence.rows.astype(np.int64) for place, sequence in enumerate(sequences)]
         targets = [sequence.targets.astype(np.int64) for sequence in sequences]
         offsets = np.cumsum([0, *(len(part) for part in targets)], dtype=np.int64)
         scored = Scored(
             *(torch.from_numpy(values) for values in (np.concatenate(rows), np.concatenate(targets), offsets))
         )
-        inputs: dict[str, Any] = {"use_cache": keep or prefixes is not None}
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": keep or prefixes is not None}
+        # Padding stands behind what is scored, where a causal model does not look: without prefixes there is nothing to
+        # mask, and transformers need not look at a mask either, which on a GPU would wait for it.
         if prefixes is not None:
             from transformers import DynamicCache
 
             lengths = torch.from_numpy(prefixes.lengths)[:, None]
             before = torch.arange(prefixes.layers[0][0].shape[2]) < lengths
-            mask = torch.cat([before.long(), mask], dim=1)
+            own = torch.arange(width) < torch.tensor([len(sequence.ids) for sequence in sequences])[:, None]
+            inputs["attention_mask"] = torch.cat([before, own], dim=1).long().to(self.device)
             inputs["position_ids"] = (lengths + torch.arange(width)).to(self.device)
             inputs["past_key_values"] = DynamicCache(prefixes.layers)
-        inputs.update(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         nll, cache = self.head.response_nll(inputs, scored)
         return nll, cache if keep else None
 

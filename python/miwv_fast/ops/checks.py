@@ -34,20 +34,27 @@ def is_plain(name: str, values: Tensor) -> bool:
 
 def check_floats(name: str, values: Tensor) -> None:
     """Raises unless `values` is a strided tensor of floats that needs no gradient."""
-    are, have, require = ("are", "have", "require") if name.endswith("logits") else ("is", "has", "requires")
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor, not {kind(values)}")
     if values.dtype not in DTYPES:
-        raise TypeError(f"{name} {are} {values.dtype}, must be float32, bfloat16 or float16")
+        raise TypeError(f"{name} {_verb(name, 'are')} {values.dtype}, must be float32, bfloat16 or float16")
     if values.layout is not torch.strided:
-        raise TypeError(f"{name} {have} layout {values.layout}, it must be torch.strided; call {name}.to_dense()")
+        raise TypeError(
+            f"{name} {_verb(name, 'have')} layout {values.layout}, it must be torch.strided; call {name}.to_dense()"
+        )
     if values.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} {require} a gradient, which this forward-only function cannot give: call it under "
+            f"{name} {_verb(name, 'require')} a gradient, which this forward-only function cannot give: call it under "
             f"torch.no_grad(), or pass {name}.detach()"
         )
     if values.is_neg():
-        raise ValueError(f"{name} {are} a negative view, whose memory holds other values; call {name}.resolve_neg()")
+        raise ValueError(
+            f"{name} {_verb(name, 'are')} a negative view, whose memory holds other values; call {name}.resolve_neg()"
+        )
+
+
+def _verb(name: str, plural: str) -> str:
+    return plural if name.endswith("logits") else {"are": "is", "have": "has", "require": "requires"}[plural]
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -112,8 +119,8 @@ def check_indices(name: str, values: Tensor) -> None:
 
 def indices(name: str, values: Tensor, beside: Tensor) -> Tensor:
     """`values` as adjacent int64, on the device of the logits or hidden states `beside` them."""
-    check_indices(name, values)
-    if values.dtype is not torch.int64:
+    if not isinstance(values, Tensor) or values.dtype is not torch.int64 or values.ndim != 1:
+        check_indices(name, values)
         values = values.to(torch.int64)
     if not (values.is_cpu and beside.is_cpu) and values.device != beside.device:
         raise ValueError(f"{name} are on {values.device}, they must be on {beside.device}, where the logits are")

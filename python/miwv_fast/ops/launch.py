@@ -12,6 +12,9 @@ from miwv_fast.ops.checks import Packed
 # tests and benchmarks change it.
 cuda_split = -1
 
+_NAMES = ("token_logprobs", "response_nll", "response_nll_difference", "add_partials")
+_CPU = {name: getattr(_core, f"cpu_{name}") for name in _NAMES}
+
 
 def require_kernels(tensor: Tensor) -> None:
     """Raises unless there are kernels for the tensor's device."""
@@ -37,7 +40,7 @@ def run_rows(
 ) -> None:
     """Calls a kernel that reads rows of logits; on CUDA with scratch memory of torch's, on its current stream."""
     if logits.is_cpu:
-        getattr(_core, f"cpu_{name}")(*arguments, torch.get_num_threads())
+        _CPU[name](*arguments, torch.get_num_threads())
         return
     index = logits.device.index
     with torch.cuda.device(index):
