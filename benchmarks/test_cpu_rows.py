@@ -14,8 +14,6 @@ time.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -30,9 +28,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from miwv_fast import _core, ops
+from miwv_fast.bench import cross_entropy, keep_freed_memory, log_softmax, make_pool, read, supply_logits
+from miwv_fast.info import cpu_name
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -53,7 +52,7 @@ _accuracy: list[dict[str, Any]] = []
 def results() -> Iterator[None]:
     """Writes what was measured to the file that MIWV_RESULTS names."""
     threads, isa = torch.get_num_threads(), _core.isa()
-    _keep_freed_memory()
+    keep_freed_memory()
     yield
     torch.set_num_threads(threads)
     _core.select_isa(isa)
@@ -62,7 +61,7 @@ def results() -> Iterator[None]:
             "command": f"MIWV_RESULTS={path} pytest {shlex.join(sys.argv[1:])}",
             "real_time_priority": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
             "date": time.strftime("%Y-%m-%d"),
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "isa": isa,
             "torch": torch.__version__,
@@ -77,75 +76,15 @@ def _lines(rows: list[dict[str, Any]]) -> str:
     return ",\n".join(json.dumps(row) for row in rows)
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _keep_freed_memory() -> None:
-    """Far higher thresholds than malloc's own for giving memory back and for mapping it anew."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 32 << 20)
-
-
 executors: dict[int, ThreadPoolExecutor] = {}
 _pool: dict[torch.dtype, torch.Tensor] = {}
 
 
 def pool(dtype: torch.dtype) -> torch.Tensor:
     if dtype not in _pool:
-        torch.manual_seed(0)
         _pool.clear()
-        _pool[dtype] = torch.randn(ELEMENTS // 8).mul_(3).to(dtype).repeat(8)
+        _pool[dtype] = make_pool(dtype, ELEMENTS)
     return _pool[dtype]
-
-
-def supply(dtype: torch.dtype, rows: int, vocab: int, cached: bool) -> Callable[[], torch.Tensor]:
-    """Gives another part of the pool at each call, or the same again and again."""
-    storage, position, size = pool(dtype), [0], rows * vocab
-
-    def next_logits() -> torch.Tensor:
-        start = position[0] if position[0] + size <= ELEMENTS and not cached else 0
-        position[0] = start + size
-        return storage[start : start + size].view(rows, vocab)
-
-    return next_logits
-
-
-def read(executor: ThreadPoolExecutor, logits: torch.Tensor, rows: list[int], threads: int) -> None:
-    size = logits.shape[1] * logits.element_size()
-    base = logits.data_ptr()
-    if len(rows) == logits.shape[0]:
-        parts = [[(base + size * len(rows) * i // threads, size * len(rows) // threads)] for i in range(threads)]
-    else:
-        parts = [[(base + size * row, size) for row in rows[i::threads]] for i in range(threads)]
-
-    def read_part(part: list[tuple[int, int]]) -> None:
-        for address, bytes_ in part:
-            _core.cpu_read(address, bytes_)
-
-    if threads == 1:
-        read_part(parts[0])
-    else:
-        list(executor.map(read_part, parts))
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    parts = []
-    for begin in range(0, len(targets), 8):
-        some = slice(begin, begin + 8)
-        chunk = logits[some] if rows is None else logits[rows[some]]
-        parts.append(F.cross_entropy(chunk, targets[some], reduction="none"))
-    return torch.cat(parts)
-
-
-def log_softmax(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    chosen = logits if rows is None else logits[rows]
-    return -chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)
@@ -158,7 +97,7 @@ def test_rows(
     benchmark: Any, dtype: torch.dtype, threads: int, vocab: int, rows: int, density: float, cached: bool, sibling: str
 ) -> None:
     torch.set_num_threads(threads)
-    next_logits = supply(dtype, rows, vocab, cached)
+    next_logits = supply_logits(pool(dtype), rows, vocab, cached)
     count = max(1, round(rows * density))
     generator = torch.Generator().manual_seed(1)
     chosen = torch.randperm(rows, generator=generator)[:count].sort().values if count < rows else None

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from miwv_fast import ops
 
+# Modules of the same names: bound here, or whoever imports the module first would hide the function.
+from miwv_fast.explain import Explanation, explain
+from miwv_fast.info import info
+
 if TYPE_CHECKING:
-    from miwv_fast.info import info
     from miwv_fast.scorer import score
     from miwv_fast.scores import Scores, load_scores
 
-__all__ = ["Scores", "info", "load_scores", "ops", "score"]
+__all__ = ["Explanation", "Scores", "explain", "info", "load_scores", "ops", "score"]
 __version__ = "0.1.0"
 
 # Imported at first use: a tool that only wants `ops` pays for torch and nothing else.
 _HOME = {
     "Scores": "miwv_fast.scores",
-    "info": "miwv_fast.info",
     "load_scores": "miwv_fast.scores",
     "score": "miwv_fast.scorer",
 }

@@ -8,11 +8,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from miwv_fast.errors import Interrupted
+
+if TYPE_CHECKING:
+    from miwv_fast.ranker import Duplicates
 
 app = typer.Typer(
     help="Score, rank and select instruction data by Model Instruction Weakness Value (MIWV).",
@@ -89,17 +92,70 @@ def score(
 @app.command()
 def select(
     run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write, best record first.")],
-    top: Annotated[str, typer.Option(help="A share such as 1% or 0.01, or a number of records.")] = "1%",
+    output: Annotated[
+        Path, typer.Option(help="What to write, best record first: .jsonl, .parquet, or a folder for datasets.")
+    ],
+    top: Annotated[
+        str | None, typer.Option(help="A share such as 1% or 0.01, or a number of records.", show_default="1%")
+    ] = None,
+    min_miwv: Annotated[
+        float | None, typer.Option(help="Only records with this MIWV or more; without --top all of them.")
+    ] = None,
+    min_response_tokens: Annotated[
+        int | None, typer.Option(help="Only records of which this many response tokens or more were scored.")
+    ] = None,
+    dedup: Annotated[
+        float | None,
+        typer.Option(help="Leave out records whose cosine with a better one is this or more, such as 0.95."),
+    ] = None,
+    per: Annotated[
+        str | None, typer.Option(help="A field of the data, each value of which gets its share of the selection.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="jsonl, parquet or datasets.", show_default="by OUTPUT's suffix")
+    ] = None,
+    trainer: Annotated[
+        str | None, typer.Option(help="llama-factory or trl: write what it needs, and say how to call it.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
-    """Writes the best records of a run, as they came."""
-    from miwv_fast.scores import load_scores, write_jsonl
+    """Writes the best records of a run, as they came.
 
+    Example: miwv-fast select run --top 5% --dedup 0.95 --per source --output subset.jsonl
+    """
+    from miwv_fast.export import choose_format, write_records
+    from miwv_fast.scores import load_scores
+    from miwv_fast.trainers import check_trainer, write_for_trainer
+
+    kind = choose_format(output, format)
+    if trainer is not None:
+        check_trainer(trainer, kind)
     scores = load_scores(run, data)
-    rows = scores.select(top)
-    write_jsonl(output, rows)
+    chosen = scores.choose(
+        "1%" if top is None and min_miwv is None else top,
+        min_miwv=min_miwv,
+        min_response_tokens=min_response_tokens,
+        dedup=dedup,
+        per=per,
+    )
+    rows = scores.rows(chosen.records)
+    if dedup is not None:
+        _show_duplicates(chosen.duplicates)
+    if trainer is None:
+        write_records(output, rows, kind)
+    else:
+        typer.echo(f"next: {write_for_trainer(trainer, output, rows, kind, scores.manifest)}")
     typer.echo(f"wrote {len(rows)} of {len(scores)} records to {output}")
+
+
+def _show_duplicates(duplicates: Duplicates) -> None:
+    typer.echo(f"left out {len(duplicates)} near-duplicates of better records")
+    shown = min(len(duplicates), 10)
+    for place in range(shown):
+        similarity = duplicates.similarity[place]
+        typer.echo(f"  record {duplicates.records[place]}: like {duplicates.kept[place]}, cosine {similarity:.4f}")
+    if len(duplicates) > shown:
+        typer.echo(f"  ... and {len(duplicates) - shown} more")
 
 
 @app.command()
@@ -126,8 +182,29 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    index: Annotated[int, typer.Argument(help="The record's number, from 0.")],
+    model: Annotated[str | None, typer.Option(help="The model.", show_default="the one that scored the run")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+) -> None:
+    """Shows which response tokens a record's score comes from."""
+    from miwv_fast.explain import explain_run, show
+
+    show(*explain_run(run, index, model, data))
+
+
+@app.command()
+def bench() -> None:
+    """Times the kernels on this machine beside torch and a plain read: at most two minutes, 1 GiB of memory."""
+    from miwv_fast.bench import show_benchmark
+
+    show_benchmark()
+
+
+@app.command()
 def info() -> None:
-    """Prints versions, how the kernels were built, and what this machine offers."""
+    """Prints what a bug report needs: versions, how the kernels were built, and what this machine offers."""
     import json
 
     import miwv_fast

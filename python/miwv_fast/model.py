@@ -144,6 +144,16 @@ class CausalLM:
         return nll, Prefixes(layers, np.array([len(sequence.ids) for sequence in sequences]))
 
     @torch.inference_mode()
+    def token_nll(self, sequence: TokenSequence) -> torch.Tensor:
+        """Negative log-likelihood in nats, float32 [T] on the model's device, of each scored token of a sequence."""
+        ids = torch.from_numpy(sequence.ids).long()[None]
+        rows = torch.zeros_like(ids, dtype=torch.bool)
+        rows[0, torch.from_numpy(sequence.rows).long()] = True
+        logits, _ = self._forward(ids, torch.ones_like(ids), rows, None, keep=False)
+        chosen = None if logits.ndim == 2 else torch.from_numpy(sequence.rows).to(logits.device)
+        return -ops.token_logprobs(logits, torch.from_numpy(sequence.targets).to(logits.device), chosen)
+
+    @torch.inference_mode()
     def _run(
         self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None, keep: bool
     ) -> tuple[torch.Tensor, Any]:

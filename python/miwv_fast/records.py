@@ -156,18 +156,17 @@ def parse_record(value: object, index: int = 0) -> Record:
     """
     if not isinstance(value, Mapping):
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
-    present = {key for key, item in value.items() if item is not None}
     record_id = _own_id(value.get("id"))
-    if "messages" in present:
+    shape = recognize(value)
+    if shape == "messages":
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
-    elif "conversations" in present:
+    elif shape == "conversations":
         system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
         system = system or _text(value, "system")
-    elif "instruction" in value and "output" in value:
+    elif shape == "output":
         system, turns = "", (Turn(_text(value, "instruction"), _text(value, "input"), _text(value, "output")),)
-    elif "prompt" in value and ("completion" in value or "response" in value):
-        response = "completion" if "completion" in value else "response"
-        system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, response)),)
+    elif shape is not None:
+        system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, shape)),)
     else:
         keys = ", ".join(_shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
         raise MalformedRecord(
@@ -175,6 +174,29 @@ def parse_record(value: object, index: int = 0) -> Record:
             f"messages, or conversations, found: {keys}"
         )
     return Record(index, record_id, system, turns)
+
+
+# By the field that holds what is scored, with the field beside it that the shape needs; the first that fits counts.
+_SHAPES = {
+    "messages": "messages",
+    "conversations": "conversations",
+    "output": "instruction",
+    "completion": "prompt",
+    "response": "prompt",
+}
+
+
+def recognize(value: Mapping[str, Any]) -> str | None:
+    """A record's shape, named by the field that holds what is scored; None if it has none of the four.
+
+    Fields without a value count where no shape has all of its own: a table of several shapes has nulls.
+    """
+    present = {key for key, item in value.items() if item is not None}
+    for known in (present, value.keys() - {"messages", "conversations"}):
+        for shape, beside in _SHAPES.items():
+            if shape in known and beside in known:
+                return shape
+    return None
 
 
 def _read_row(index: int, row: Row) -> Record:

@@ -24,7 +24,7 @@ from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
 from miwv_fast.records import read_records
 from miwv_fast.runner import Runner
-from miwv_fast.scores import Scores
+from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
 from miwv_fast.store import Run
 from miwv_fast.templates import CHAT_DATE, load_template, read_template
@@ -126,11 +126,11 @@ def score(
     if isinstance(embedder, np.ndarray | torch.Tensor):
         embedder = check_embeddings(embedder, len(records))
     if output is None:
-        _score(job, source, embedder, runner, share_prefix, bars, None)
-        return Scores(job.table(), manifest, source, job.stats)
+        embeddings = _score(job, source, embedder, runner, share_prefix, bars, None)
+        return Scores(job.table(), manifest, source, job.stats, embeddings)
     with Run(Path(output), manifest, resume=resume) as run:
         _score(job, source, embedder, runner, share_prefix, bars, run)
-        scores = Scores(job.table(), run.manifest, source, job.stats)
+        scores = Scores(job.table(), run.manifest, source, job.stats, read_embeddings(run.folder))
         run.save_rejections(job.rejections)
         run.finish(scores)
     return scores
@@ -138,9 +138,12 @@ def score(
 
 def _score(
     job: Job, source: Source, embedder: Embedder, runner: Runner, share_prefix: bool, bars: Progress, run: Run | None
-) -> None:
-    """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk."""
-    device = str(runner.lm.device)
+) -> np.ndarray | None:
+    """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk.
+
+    Returns the embeddings float32 [N, D] where they do not lie in the run.
+    """
+    device, kept = str(runner.lm.device), None
     if run is not None:
         run.save_source(source)
         run.save_rejections(job.rejections)
@@ -153,7 +156,9 @@ def _score(
         scorable = job.pending()
         embeddings = embed(job.records.embedded_texts(scorable), embedder, device, bars)
         found = nearest(embeddings, scorable, job.parents.shape[1], device, bars)
-        if run is not None:
+        if run is None:
+            kept = embeddings
+        else:
             run.save_neighbors(embeddings, found)
     job.neighbors = found
     job.measure_one_shot(bars, runner.lm.shared_length if share_prefix else 0)
@@ -162,6 +167,7 @@ def _score(
     else:
         with stop_signals() as stopping:
             job.run(runner, bars, run, stopping)
+    return kept
 
 
 @contextmanager

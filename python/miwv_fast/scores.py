@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast import ranker
+from miwv_fast.formats import Row
 from miwv_fast.sources import FileSource, Source, open_source
 
 STATUSES = (
@@ -55,7 +56,8 @@ class Scores:
     `table` columns: `index` int64; `id` string; `miwv`, `nll_one_shot`, `nll_zero_shot` float32 in nats per token,
     null where not scored; `response_tokens` int32, how many tokens were scored; `neighbor` int64, the demonstration;
     `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about; `stats`
-    what they cost (`forwarded_tokens`, `padding_tokens`, `scoring_seconds`) and is not kept on disk.
+    what they cost (`forwarded_tokens`, `padding_tokens`, `scoring_seconds`) and is not kept on disk. `embeddings`
+    float32 [N, D] are what the neighbours were found by, None where the scores were saved without them.
 
     With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over them, `neighbor` and `similarity`
     are of the nearest, and two columns follow: `miwv_spread` float32, the standard deviation over the demonstrations,
@@ -66,6 +68,7 @@ class Scores:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
+    embeddings: np.ndarray | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -84,34 +87,97 @@ class Scores:
         miwv = self.table["miwv"].to_numpy(zero_copy_only=False)
         return ranker.rank(miwv.astype(np.float64))
 
-    def select(self, top: str | float | int, data: object = None) -> list[dict[str, Any]]:
+    def select(
+        self,
+        top: str | float | int | None = None,
+        data: object = None,
+        *,
+        min_miwv: float | None = None,
+        min_response_tokens: int | None = None,
+        dedup: float | None = None,
+        per: str | None = None,
+    ) -> list[dict[str, Any]]:
         """The best records, best first, as they came.
 
         `top`: "1%" or a float in (0, 1] is a share of all input records, rounded down, at least one record; an int
-        is a count. `data` replaces the data that was scored, if it has moved. Raises ValueError if the data
-        cannot be found again or is not what was scored.
+        is a count; without it all that have a MIWV of at least `min_miwv` nats. `data` replaces the data that was
+        scored, if it has moved.
+
+        `min_response_tokens` leaves out records of which fewer tokens were scored; `dedup`, in (0, 1], those whose
+        embedding has this cosine or more with that of a better record which was kept. `per` names a field of the
+        data: each of its values gets its share of the scored records (largest remainder, ties to the value that comes
+        first in the data), and places that a value cannot fill go to the best of the others.
+
+        Raises ValueError if the data cannot be found again or is not what was scored, or if the conditions leave no
+        record or cannot be met.
         """
-        best = self.best(top)
+        chosen = self.choose(
+            top, data, min_miwv=min_miwv, min_response_tokens=min_response_tokens, dedup=dedup, per=per
+        )
+        return self.rows(chosen.records, data)
+
+    def choose(
+        self,
+        top: str | float | int | None = None,
+        data: object = None,
+        *,
+        min_miwv: float | None = None,
+        min_response_tokens: int | None = None,
+        dedup: float | None = None,
+        per: str | None = None,
+    ) -> ranker.Selection:
+        """The numbers of the records that `select` returns, int64, best first, and what `dedup` left out for what."""
+        columns = (self.table["miwv"], self.table["response_tokens"].fill_null(0))
+        return ranker.select(
+            *(column.to_numpy(zero_copy_only=False) for column in columns),
+            top,
+            min_miwv=min_miwv,
+            min_response_tokens=min_response_tokens,
+            embeddings=None if dedup is None else self._embeddings(),
+            dedup=dedup,
+            groups=None if per is None else self._groups(per, data),
+        )
+
+    def rows(self, numbers: np.ndarray, data: object = None) -> list[dict[str, Any]]:
+        """The records of these numbers, in this order, as they came. Raises ValueError as `select` does."""
+        wanted = set(numbers.tolist())
+        rows = {number: row.value for number, row in enumerate(self._read(data)) if number in wanted}
+        return [rows[number] for number in numbers.tolist()]
+
+    def _read(self, data: object) -> Iterator[Row]:
         source = self.source if data is None else open_source(data)
         if source is None:
             raise ValueError("these scores do not hold their records; give the data that was scored as `data`")
-        chosen = set(best.tolist())
-        rows: dict[int, dict[str, Any]] = {}
-        number = -1
-        for number, row in enumerate(source.rows()):
-            if number in chosen:
-                rows[number] = row.value
-        if number + 1 != len(self):
-            raise ValueError(f"{source.name} has {number + 1} records, the scores are of {len(self)}: other data")
-        return [rows[number] for number in best.tolist()]
+        count = 0
+        for row in source.rows():
+            yield row
+            count += 1
+        if count != len(self):
+            raise ValueError(f"{source.name} has {count} records, the scores are of {len(self)}: other data")
 
-    def best(self, top: str | float | int) -> np.ndarray:
-        """The numbers of the records that `select(top)` returns, int64, best first."""
-        wanted = ranker.selection_size(top, len(self))
-        scored = len(self) - self.table["miwv"].null_count
-        if wanted > scored:
-            _log.warning("%d records were asked for, only %d have a score: selecting those", wanted, scored)
-        return self.rank()[: min(wanted, scored)]
+    def _groups(self, field: str, data: object) -> np.ndarray:
+        """The records' values of a field, numbered as they come; a record without it has a value of its own kind."""
+        values: dict[str, int] = {}
+        names: dict[str, None] = {}
+        groups = []
+        for row in self._read(data):
+            record = row.value if isinstance(row.value, Mapping) else {}
+            value = json.dumps(record.get(field), sort_keys=True, default=str)
+            groups.append(values.setdefault(value, len(values)))
+            names.update(dict.fromkeys(map(str, record)))
+        if field not in names:
+            raise ValueError(f"no record has a field {field!r}; there are {', '.join(list(names)[:20])}")
+        return np.array(groups, np.int64)
+
+    def _embeddings(self) -> np.ndarray:
+        if self.embeddings is None:
+            raise ValueError(
+                "dedup needs the embeddings that the records were scored with: they lie in the run folder, "
+                "embeddings.npy, not in a scores file that was saved elsewhere"
+            )
+        if len(self.embeddings) != len(self):
+            raise ValueError(f"there are {len(self.embeddings)} embeddings for {len(self)} records: of another run")
+        return self.embeddings
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as one Parquet file, the manifest in its metadata; replaces a file that is there."""
@@ -141,7 +207,20 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
     if not table.schema.equals(SCHEMA) and not table.schema.equals(MULTI_SCHEMA):
         raise ValueError(f"{file} does not hold MIWV scores: its columns are {', '.join(table.column_names)}")
     manifest = json.loads(metadata.get(_MANIFEST_KEY, b"{}"))
-    return Scores(table, manifest, _find_source(manifest, data, file.parent))
+    embeddings = read_embeddings(file.parent)
+    return Scores(table, manifest, _find_source(manifest, data, file.parent), embeddings=embeddings)
+
+
+def read_embeddings(run: Path) -> np.ndarray | None:
+    """The embeddings that lie in a run folder, mapped into memory; None where there are none that can be read."""
+    path = run / "embeddings.npy"
+    if not path.is_file():
+        return None
+    try:
+        return cast(np.ndarray, np.load(path, mmap_mode="r", allow_pickle=False))
+    except (EOFError, ValueError) as error:
+        _log.warning("%s cannot be read: %s", path, error)
+        return None
 
 
 def _find_source(manifest: Mapping[str, Any], data: object, folder: Path) -> Source | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -230,6 +230,24 @@ def _with_system(record: Record, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return (Turn(f"{record.system}\n\n{first.instruction}", first.input, first.response), *turns[1:])
 
 
+def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], object], str]:
+    """`prompt(instruction, input)` and the separator of a Jinja source; ValueError where it doesn't define them."""
+    # Unlike chat templates, whose whitespace their authors tuned under trim_blocks, these keep Jinja's defaults
+    # and the newline at their end.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        module: Any = environment.from_string(source).module
+        return module.prompt, str(module.separator)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"template {name}: {error}") from error
+    except AttributeError as error:
+        raise ValueError(
+            f"template {name} should define a macro prompt(instruction, input) and set separator: {error}"
+        ) from error
+
+
 class PairTemplate:
     """Prompt-response pairs joined by a separator: `alpaca`, `plain`, and Jinja files.
 
@@ -243,21 +261,7 @@ class PairTemplate:
         self._end_of_turn = encoder.tokenizer.eos_token_id if include_eos else None
         if include_eos and self._end_of_turn is None:
             raise ValueError("include_eos=True, but the tokenizer has no end-of-sequence token")
-        # Unlike chat templates, whose whitespace their authors tuned under trim_blocks, these keep Jinja's defaults
-        # and the newline at their end.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-        )
-        try:
-            module: Any = environment.from_string(source).module
-            self._macro = module.prompt
-            self._separator = str(module.separator)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"template {name}: {error}") from error
-        except AttributeError as error:
-            raise ValueError(
-                f"template {name} should define a macro prompt(instruction, input) and set separator: {error}"
-            ) from error
+        self._macro, self._separator = compile_pair(name, source)
         self._render = lru_cache(self._render_uncached)
         for has_input in (False, True):
             self._render(True, has_input)

@@ -1,0 +1,153 @@
+"""Which response tokens a record's score comes from: the loss of each, with the demonstration and without."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from miwv_fast.model import CausalLM
+    from miwv_fast.records import Record
+    from miwv_fast.templates import Template, TokenSequence
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The scored response tokens of a record, in order.
+
+    `tokens` are their texts, which together are the response (the assistant turns one after the other); a character
+    that several tokens make up stands with the last of them. `one_shot` and `zero_shot`, float32 [T], are negative
+    log-likelihoods in nats, and `difference` is the first minus the second: its mean is the record's MIWV.
+    """
+
+    tokens: list[str]
+    one_shot: np.ndarray
+    zero_shot: np.ndarray
+    difference: np.ndarray
+
+
+def explain(
+    record: Mapping[str, Any],
+    neighbor: Mapping[str, Any],
+    model: str | Path | tuple[Any, Any] | CausalLM,
+    *,
+    tokenizer: Any = None,
+    template: str | Path = "alpaca",
+    include_eos: bool = False,
+    max_length: int | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> Explanation:
+    """The loss of each response token of `record`, with `neighbor` as its demonstration and without.
+
+    Both are records of any of the four shapes that `score` reads, and the other arguments are those of `score`; a
+    `CausalLM` is used as it is, so that a model need not be loaded for each record. Raises ValueError if one of the
+    records cannot be read, or no response token is left within `max_length`.
+
+    Source: the terms of L(y | x) of Jiang et al., AAAI 2026, arXiv 2511.07074.
+    """
+    # Here, because `import miwv_fast` binds this function and should not cost what it needs.
+    from miwv_fast.model import CausalLM, load_model
+    from miwv_fast.records import parse_record
+    from miwv_fast.templates import load_template
+
+    scored, demonstration = parse_record(record), parse_record(neighbor)
+    lm = model if isinstance(model, CausalLM) else load_model(model, tokenizer, device, dtype)
+    return _explain(scored, demonstration, lm, load_template(template, lm.tokenizer, include_eos), max_length)
+
+
+def _explain(
+    record: Record, demonstration: Record, lm: CausalLM, layout: Template, max_length: int | None
+) -> Explanation:
+    passes = layout.one_shot(demonstration, record), layout.zero_shot(record)
+    limit = lm.max_length if max_length is None else max_length
+    room = min(sequence.room(limit) for sequence in passes)
+    if not room:
+        longest = max(len(sequence.ids) for sequence in passes)
+        raise ValueError(f"no response token stands within {limit} positions: the sequences have up to {longest}")
+    one_shot, zero_shot = (lm.token_nll(sequence.cut(room)).cpu().numpy() for sequence in passes)
+    return Explanation(_texts(passes[1].cut(room), layout.encoder.decode), one_shot, zero_shot, one_shot - zero_shot)
+
+
+def _texts(sequence: TokenSequence, decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each scored token; each turn is decoded behind the token that stands before it."""
+    texts: list[str] = []
+    turns = np.flatnonzero(np.diff(sequence.rows) != 1) + 1
+    for rows, targets in zip(np.split(sequence.rows, turns), np.split(sequence.targets, turns), strict=True):
+        texts += _added_texts([int(sequence.ids[rows[0]])], targets.tolist(), decode)
+    return texts
+
+
+def _added_texts(before: list[int], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """What each token adds to the text; nothing while a character is incomplete, which decodes to U+FFFD."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for place, token in enumerate(tokens):
+        pending.append(token)
+        text = decode(before + pending)
+        if text.endswith("\ufffd") and place + 1 < len(tokens):
+            texts.append("")
+            continue
+        texts.append(text[len(decode(before)) :])
+        before, pending = pending, []
+    return texts
+
+
+def explain_run(run: Path, index: int, model: str | None = None, data: object = None) -> tuple[str, Explanation]:
+    """Explains a record of a run by its nearest demonstration, with the run's own settings; and a line about it.
+
+    Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score.
+    """
+    from miwv_fast.model import load_model
+    from miwv_fast.records import parse_record
+    from miwv_fast.scores import load_scores
+    from miwv_fast.templates import ChatTemplate, PairTemplate
+    from miwv_fast.tokens import SegmentEncoder
+
+    scores = load_scores(run, data)
+    if not 0 <= index < len(scores):
+        raise ValueError(f"there is no record {index}: the scores are of records 0 to {len(scores) - 1}")
+    row = scores.table.slice(index, 1).to_pylist()[0]
+    if row["miwv"] is None:
+        raise ValueError(f"record {index} has no score: {row['status']}")
+    settings = scores.manifest
+    records = [parse_record(value) for value in scores.rows(np.array([index, row["neighbor"]]))]
+    lm = load_model(model or settings["model"]["name"])
+    encoder, eos, template = SegmentEncoder(lm.tokenizer), settings["include_eos"], settings["template"]
+    layout = (
+        ChatTemplate(encoder, eos)
+        if template["name"] == "chat"
+        else PairTemplate(template["name"], template["source"], encoder, eos)
+    )
+    losses = f"one-shot {row['nll_one_shot']:.4f}, zero-shot {row['nll_zero_shot']:.4f} nats per token"
+    line = f"record {index}, demonstration {row['neighbor']}: MIWV {row['miwv']:+.4f}, {losses}"
+    return line, _explain(*records, lm, layout, settings["max_length"])
+
+
+def show(line: str, explanation: Explanation) -> None:
+    """Prints the response coloured by the difference of each token on a terminal, a line per token elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    print(line)
+    if not sys.stdout.isatty():
+        print("difference  one-shot  zero-shot  token")
+        for token, one, zero, difference in zip(
+            explanation.tokens, explanation.one_shot, explanation.zero_shot, explanation.difference, strict=True
+        ):
+            print(f"{difference:+10.4f}  {one:8.4f}  {zero:9.4f}  {token!r}")
+        return
+    strongest = max(float(np.abs(explanation.difference).max()), 1e-6)
+    text = Text()
+    for token, difference in zip(explanation.tokens, explanation.difference.tolist(), strict=True):
+        faded = round(255 * (1 - abs(difference) / strongest))
+        background = f"rgb(255,{faded},{faded})" if difference > 0 else f"rgb({faded},{faded},255)"
+        text.append(token, style=f"black on {background}")
+    print(f"red: the demonstration hurts, blue: it helps, by up to {strongest:.2f} nats")
+    Console().print(text)
