@@ -61,6 +61,20 @@ def test_score_and_select(workplace):
     assert chosen == [rows[i] for i in best]
 
 
+def test_select_for_a_trainer(workplace, monkeypatch, capfd):
+    if not (workplace / "run").exists():
+        assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    options = ("--top", "5", "--dedup", "0.5", "--min-response-tokens", "2", "--per", "input")
+    status, out, _ = call(
+        monkeypatch, capfd, workplace, "select", "run", *options, "--output", "lf/s.jsonl", "--trainer", "llama-factory"
+    )
+    assert status == 0 and "near-duplicates of better records" in out and "next: llamafactory-cli train" in out
+    assert len((workplace / "lf" / "s.jsonl").read_text().splitlines()) == 5
+    assert (workplace / "lf" / "dataset_info.json").exists()
+    status, out, _ = call(monkeypatch, capfd, workplace, "explain", "run", "0")
+    assert status == 0 and out.startswith("record 0, demonstration ")
+
+
 def test_status_resume_and_fresh(workplace):
     first = run(workplace, *SCORE, "again")
     assert first.returncode == 0, first.stderr
@@ -114,6 +128,16 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         (("select", "run", "--output", "s.jsonl", "--top", "abc"), "cannot select top 'abc'"),
         (("select", "run", "--output", "s.jsonl", "--top", "11"), "cannot select 11 of 10 records"),
         (("select", "none", "--output", "s.jsonl"), "no scores at none"),
+        (("select", "run", "--output", "s.csv"), "cannot tell the format from the name of s.csv"),
+        (("select", "run", "--output", "s", "--format", "csv"), "unknown format 'csv'"),
+        (("select", "run", "--output", "s.jsonl", "--per", "source"), "no record has a field 'source'"),
+        (("select", "run", "--output", "s.jsonl", "--dedup", "7"), "near-duplicates lies in (0, 1]"),
+        (("select", "run", "--output", "s.jsonl", "--min-miwv", "99"), "no record is left by min_miwv 99"),
+        (("select", "run", "--output", "s.jsonl", "--min-miwv", "-9", "--per", "input"), "give top as well"),
+        (("select", "run", "--output", "s.jsonl", "--min-response-tokens", "99999"), "min_response_tokens 99999"),
+        (("select", "run", "--output", "s.jsonl", "--trainer", "axolotl"), "unknown trainer 'axolotl'"),
+        (("select", "run", "--output", "s", "--trainer", "trl"), "trl reads files"),
+        (("explain", "run", "10"), "no record 10"),
         (("score", "data.jsonl"), "Missing option"),
         (("frobnicate",), "No such command"),
     ],
@@ -124,7 +148,7 @@ def test_what_a_user_can_get_wrong(workplace, monkeypatch, capfd, arguments, mes
     (workplace / "wrong.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     np.save(workplace / "one.npy", np.ones((1, 4), np.float32))
     (workplace / "empty").mkdir(exist_ok=True)
-    if arguments[0] == "select" and not (workplace / "run").exists():
+    if arguments[0] in ("select", "explain") and not (workplace / "run").exists():
         assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
     status, _, error = call(monkeypatch, capfd, workplace, *arguments)
     assert status == 2

@@ -48,6 +48,53 @@ def test_fewer_scored_than_asked_for(scored, caplog):
     assert "only 11 have a score" in caplog.text
 
 
+def test_select_by_conditions(scored, rows):
+    table = scored.table.to_pydict()
+    ranking = [i for i in scored.rank().tolist() if i != 3]
+    third = table["miwv"][ranking[2]]
+    assert scored.select(min_miwv=third) == [rows[i] for i in ranking[:3]]
+    least = sorted(table["response_tokens"][i] for i in ranking)[-4]
+    long = [i for i in ranking if table["response_tokens"][i] >= least]
+    assert scored.select(2, min_response_tokens=least) == [rows[i] for i in long[:2]]
+    chosen = scored.choose(11, dedup=0.9)
+    left_out = chosen.duplicates.records.tolist()
+    assert left_out and sorted(chosen.records.tolist() + left_out) == sorted(ranking)
+    assert scored.select(11, dedup=0.9) == [rows[i] for i in chosen.records]
+    kept = scored.embeddings[chosen.records]
+    unit = kept / np.linalg.norm(kept, axis=1, keepdims=True)
+    assert np.triu(unit @ unit.T, 1).max() < 0.9  # of those that are kept no two are alike
+
+
+def test_quotas_by_a_field(scored, rows):
+    """Eleven scored records: seven "a", three "b", one without the field; a share of four is 2.5, 1.1 and 0.4."""
+    field = ["a", "b", "a", "a", None, "a", "b", "a", "a", "b", "a", "a"]
+    data = [dict(row, kind=kind) if kind else row for row, kind in zip(rows, field, strict=True)]
+    chosen = scored.choose(4, data, per="kind").records.tolist()
+    assert sorted(str(field[i]) for i in chosen) == ["a", "a", "a", "b"]
+    ranking = scored.rank().tolist()
+    assert chosen == sorted(chosen, key=ranking.index)
+    for kind, count in (("a", 3), ("b", 1)):
+        assert [i for i in chosen if field[i] == kind] == [i for i in ranking if field[i] == kind][:count]
+    with pytest.raises(ValueError, match="no record has a field 'sort'; there are instruction, input, output, kind"):
+        scored.select(4, data, per="sort")
+
+
+def test_embeddings_of_a_run(rows, llama, scored, tmp_path, caplog):
+    run = tmp_path / "run"
+    again = miwv_fast.score(rows, llama, embedder=text_embedder, output=run)
+    expected = scored.select(5, dedup=0.9)
+    assert again.select(5, dedup=0.9) == miwv_fast.load_scores(run).select(5, dedup=0.9) == expected
+    scored.save(tmp_path / "alone" / "s.parquet")
+    with pytest.raises(ValueError, match="they lie in the run folder"):
+        miwv_fast.load_scores(tmp_path / "alone" / "s.parquet", rows).select(5, dedup=0.9)
+    np.save(run / "embeddings.npy", np.zeros((3, 2), np.float32))
+    with pytest.raises(ValueError, match="3 embeddings for 12 records"):
+        miwv_fast.load_scores(run).select(5, dedup=0.9)
+    (run / "embeddings.npy").write_bytes(b"")
+    assert miwv_fast.load_scores(run).select(5) == scored.select(5)
+    assert "embeddings.npy cannot be read" in caplog.text
+
+
 def test_save_and_load(scored, rows, tmp_path):
     scored.save(tmp_path / "s.parquet")
     loaded = miwv_fast.load_scores(tmp_path / "s.parquet")

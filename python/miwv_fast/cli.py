@@ -143,9 +143,12 @@ def select(
         _show_duplicates(chosen.duplicates)
     if trainer is None:
         write_records(output, rows, kind)
+        command = None
     else:
-        typer.echo(f"next: {write_for_trainer(trainer, output, rows, kind, scores.manifest)}")
+        command = write_for_trainer(trainer, output, rows, kind, scores.manifest)
     typer.echo(f"wrote {len(rows)} of {len(scores)} records to {output}")
+    if command:
+        typer.echo(f"next: {command}")
 
 
 def _show_duplicates(duplicates: Duplicates) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from miwv_fast import ops
 
-_PACKAGES = ("miwv-fast", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy", "datasets", "gguf")
+_PACKAGES = ("miwv-fast", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy")
 
 
 def info() -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""The loss of each response token: its mean is the score, its texts are the response."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import miwv_fast
+from miwv_fast.explain import _added_texts, explain_run, show
+from miwv_fast.model import CausalLM
+from miwv_fast.tokens import SegmentEncoder
+from support import TOKENIZERS, text_embedder, tiny_model
+from test_scorer import make_rows, pairs
+
+
+def check(scores, rows, model, **options):
+    """Means are sums in another order, of losses that a batch rounds differently: a few float32 units of the loss."""
+    table = scores.table.to_pydict()
+    for i, row in enumerate(rows):
+        told = miwv_fast.explain(row, rows[table["neighbor"][i]], model, **options)
+        assert len(told.tokens) == len(told.one_shot) == table["response_tokens"][i]
+        assert told.difference.dtype == told.one_shot.dtype == told.zero_shot.dtype == np.float32
+        bound = 2e-5 * max(1, table["nll_one_shot"][i], table["nll_zero_shot"][i])
+        assert told.one_shot.mean() == pytest.approx(table["nll_one_shot"][i], abs=bound)
+        assert told.zero_shot.mean() == pytest.approx(table["nll_zero_shot"][i], abs=bound)
+        assert told.difference.mean() == pytest.approx(table["miwv"][i], abs=bound)
+        yield row, told
+
+
+@pytest.mark.parametrize("shape", ["alpaca", "prompt", "messages", "sharegpt"])
+def test_the_mean_is_the_score_and_the_texts_are_the_response(shape, tokenizer):
+    model = tiny_model("llama", len(tokenizer)), tokenizer
+    rows = make_rows(shape, 8)
+    scores = miwv_fast.score(rows, model, embedder=text_embedder)
+    for row, told in check(scores, rows, CausalLM(*model, "tiny")):
+        assert "".join(told.tokens) == "".join(response for _, _, response in pairs(row))
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_options(llama, template):
+    """The end-of-turn token has a text too; a cut response is cut in both passes."""
+    rows = make_rows("messages", 6)
+    options = {"template": template, "include_eos": True, "max_length": 300}
+    scores = miwv_fast.score(rows, llama, embedder=text_embedder, **options)
+    assert {"ok", "truncated"} <= set(scores.counts())
+    kept = [i for i, miwv in enumerate(scores.table["miwv"].to_pylist()) if miwv is not None]
+    table = scores.table.take(kept)
+    for i, status in zip(kept, table["status"].to_pylist(), strict=True):
+        told = miwv_fast.explain(rows[i], rows[scores.table["neighbor"][i].as_py()], llama, **options)
+        assert told.difference.mean() == pytest.approx(scores.table["miwv"][i].as_py(), abs=1e-4)
+        assert ("<|im_end|>" in told.tokens) or status == "truncated"
+
+
+def test_all_logits_where_a_model_gives_no_fewer(llama, monkeypatch):
+    rows = make_rows("alpaca", 2)
+    expected = miwv_fast.explain(*rows, llama)
+    monkeypatch.setattr(CausalLM, "_check_rows", lambda self: False)
+    np.testing.assert_allclose(miwv_fast.explain(*rows, llama).one_shot, expected.one_shot, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("日本😀é\u200d \n\ufffd"), max_size=30))
+def test_texts_of_tokens_are_the_text(name, text):
+    encoder = SegmentEncoder(TOKENIZERS[name]())
+    before = list(encoder.text("\n", False))
+    ids = list(encoder.text(text, False))
+    texts = _added_texts(before[-1:], ids, encoder.decode)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == encoder.decode(before + ids)[len(encoder.decode(before)) :]
+
+
+def test_what_cannot_be_explained(llama):
+    good, long = make_rows("alpaca", 2)
+    long["output"] = "red " * 2000
+    with pytest.raises(ValueError, match="no response token stands within 1024 positions"):
+        miwv_fast.explain(good, long, llama)
+    with pytest.raises(ValueError, match="name no known shape"):
+        miwv_fast.explain(good, {"text": "a"}, llama)
+
+
+def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
+    rows = make_rows("alpaca", 6)
+    rows[2]["output"] = ""
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% set separator = '\\n' %}{% macro prompt(instruction, input) %}{{ instruction }}:\n{% endmacro %}"
+    )
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    scores = miwv_fast.score(
+        rows, tmp_path / "model", embedder=text_embedder, template=template, output=tmp_path / "run"
+    )
+    template.unlink()  # the run knows it
+    line, told = explain_run(tmp_path / "run", 1)
+    miwv = scores.table["miwv"][1].as_py()
+    assert told.difference.mean() == pytest.approx(miwv, abs=1e-4) and "record 1, demonstration" in line
+    show(line, told)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(told.tokens)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show(line, told)
+    assert "the demonstration hurts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="record 2 has no score: empty_response"):
+        explain_run(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match="no record 6: the scores are of records 0 to 5"):
+        explain_run(tmp_path / "run", 6)

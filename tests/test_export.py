@@ -1,0 +1,157 @@
+"""Selections on disk in every form, read back by the libraries they are for."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from miwv_fast.export import choose_format, write_records
+from miwv_fast.sources import FileSource
+from miwv_fast.templates import ALPACA
+from miwv_fast.trainers import add_to_dataset_info, llama_factory_entry, trl_records, write_for_trainer
+from test_scorer import alpaca_prompt, make_rows
+
+ROWS = [
+    {"instruction": "Grüße \u2028 <b>", "input": "", "output": "日本", "tags": ["a", "b"], "n": 1},
+    {"instruction": "x", "output": "y", "id": "7", "n": 2.5},
+]
+WHOLE = [{name: row.get(name) for name in ("instruction", "input", "output", "tags", "n", "id")} for row in ROWS]
+
+
+def test_jsonl_and_parquet(tmp_path):
+    for name, expected in (("s.jsonl", ROWS), ("s.parquet", WHOLE)):
+        path = tmp_path / "new" / name
+        for _ in range(2):  # a file that is there is replaced
+            write_records(path, ROWS, choose_format(path))
+        assert [row.value for row in FileSource([path]).rows()] == expected
+    assert pq.read_table(path).schema.names == list(WHOLE[0])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["s.jsonl", "s.parquet"]
+
+
+def test_datasets_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "new" / "selected"
+    write_records(folder, ROWS, choose_format(folder))
+    assert datasets.load_from_disk(folder).to_list() == WHOLE
+    with pytest.raises(ValueError, match="is there already"):
+        write_records(folder, ROWS, "datasets")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["selected"]
+
+
+def test_values_that_no_column_holds(tmp_path):
+    rows = [{"instruction": "a", "output": "b", "meta": 1}, {"instruction": "a", "output": "b", "meta": "one"}]
+    for name in ("s.parquet", "folder"):
+        with pytest.raises(ValueError, match="field 'meta' do not go into one column"):
+            write_records(tmp_path / name, rows, choose_format(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, wanted, kind",
+    [("a.jsonl", None, "jsonl"), ("a.parquet", None, "parquet"), ("a", None, "datasets"), ("a.x", "jsonl", "jsonl")],
+)
+def test_format(tmp_path, name, wanted, kind):
+    assert choose_format(tmp_path / name, wanted) == kind
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot tell the format from the name of .*a\.csv"):
+        choose_format(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="unknown format 'csv'"):
+        choose_format(tmp_path / "a", "csv")
+
+
+MESSAGES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+SHAREGPT = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ("alpaca", {"columns": {"prompt": "instruction", "query": "input", "response": "output"}}),
+        ("prompt", {"columns": {"prompt": "prompt", "response": "completion"}}),
+        (
+            "messages",
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "messages"},
+                "tags": {**MESSAGES, "system_tag": "system"},
+            },
+        ),
+        (
+            "sharegpt",
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "conversations"},
+                "tags": {**SHAREGPT, "system_tag": "system"},
+            },
+        ),
+    ],
+)
+def test_llama_factory_entry(shape, expected):
+    """The entries of its data/README for each shape; all four were trained on with LLaMA-Factory 0.9.5."""
+    assert llama_factory_entry("s.jsonl", make_rows(shape, 4)) == {"file_name": "s.jsonl", **expected}
+
+
+def test_roles_and_system_texts_are_looked_for_in_the_records():
+    rows = make_rows("sharegpt", 3)
+    rows[1]["system"] = "Be brief."
+    for row in rows:
+        for message in row["conversations"]:
+            message["from"] = {"human": "user", "gpt": "assistant"}[message["from"]]
+    entry = llama_factory_entry("s.jsonl", rows)
+    assert entry["columns"] == {"messages": "conversations", "system": "system"}
+    assert (entry["tags"]["user_tag"], entry["tags"]["assistant_tag"]) == ("user", "assistant")
+    rows[0]["conversations"][0]["from"] = "human"
+    with pytest.raises(ValueError, match="2 names for user_tag"):
+        llama_factory_entry("s.jsonl", rows)
+    with pytest.raises(ValueError, match="2 shapes"):
+        llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+
+
+def test_dataset_info_keeps_what_it_holds(tmp_path):
+    info = tmp_path / "dataset_info.json"
+    add_to_dataset_info(tmp_path / "one.jsonl", {"file_name": "one.jsonl"})
+    add_to_dataset_info(tmp_path / "two.jsonl", {"file_name": "two.jsonl"})
+    assert json.loads(info.read_text()) == {"one": {"file_name": "one.jsonl"}, "two": {"file_name": "two.jsonl"}}
+    for text, message in (("[]", "should be a JSON object"), ("{", "is not JSON")):
+        info.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            add_to_dataset_info(tmp_path / "two.jsonl", {})
+        assert info.read_text() == text
+
+
+def test_trl_records():
+    alpaca = {"name": "alpaca", "source": ALPACA}
+    rows = make_rows("alpaca", 3)
+    assert trl_records(rows, alpaca) == [
+        {"prompt": alpaca_prompt(row["instruction"], row["input"]), "completion": row["output"]} for row in rows
+    ]
+    first = trl_records(rows, {"name": "chat", "source": ""})[1]
+    assert first["prompt"] == [{"role": "user", "content": f"{rows[1]['instruction']}\n{rows[1]['input']}"}]
+    assert first["completion"] == [{"role": "assistant", "content": rows[1]["output"]}]
+    talk = make_rows("messages", 3)
+    assert [row["messages"] for row in trl_records(talk, alpaca)] == [row["messages"] for row in talk]
+    mixed = trl_records([*talk, *rows, *make_rows("sharegpt", 2)], alpaca)
+    assert {name for row in mixed for name in row} == {"messages"}
+
+
+def test_what_a_trainer_gets(tmp_path):
+    manifest = {"model": {"name": "some model"}, "template": {"name": "alpaca", "source": ALPACA}}
+    rows = make_rows("alpaca", 3)
+    command = write_for_trainer("llama-factory", tmp_path / "s.jsonl", rows, "jsonl", manifest)
+    assert command == (
+        "llamafactory-cli train --stage sft --do_train --model_name_or_path 'some model' --output_dir trained "
+        f"--template alpaca --dataset_dir {tmp_path} --dataset s"
+    )
+    assert [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()] == rows
+    command = write_for_trainer("trl", tmp_path / "t.jsonl", rows, "jsonl", manifest)
+    assert command == f"trl sft --config {tmp_path}/t.trl.yaml --model_name_or_path 'some model' --output_dir trained"
+    assert f'data_files: "{tmp_path}/t.jsonl"' in (tmp_path / "t.trl.yaml").read_text()
+    with pytest.raises(ValueError, match="with which template"):
+        write_for_trainer("trl", tmp_path / "u.jsonl", rows, "jsonl", {})
+    with pytest.raises(ValueError, match="2 shapes"):
+        write_for_trainer("llama-factory", tmp_path / "u.jsonl", rows + make_rows("prompt", 1), "jsonl", manifest)
+    assert not (tmp_path / "u.jsonl").exists()
