@@ -13,7 +13,6 @@ import torch
 
 if TYPE_CHECKING:
     from miwv_fast.model import CausalLM
-    from miwv_fast.records import Record
     from miwv_fast.templates import Template, TokenSequence
 
 
@@ -38,7 +37,7 @@ def explain(
     model: str | Path | tuple[Any, Any] | CausalLM,
     *,
     tokenizer: Any = None,
-    template: str | Path = "alpaca",
+    template: str | Path | Template = "alpaca",
     include_eos: bool = False,
     max_length: int | None = None,
     device: str = "auto",
@@ -46,8 +45,9 @@ def explain(
 ) -> Explanation:
     """The loss of each response token of `record`, with `neighbor` as its demonstration and without.
 
-    Both are records of any of the four shapes that `score` reads, and the other arguments are those of `score`; a
-    `CausalLM` is used as it is, so that a model need not be loaded for each record. Raises ValueError if one of the
+    Both are records of any of the four shapes that `score` reads; the other arguments are those of `score`. A loaded
+    `CausalLM` and a loaded template (with its own `include_eos`) are used as they are, so that neither need be loaded
+    for each record. Raises ValueError if one of the
     records cannot be read, or no response token is left within `max_length`.
 
     Source: the terms of L(y | x) of Jiang et al., AAAI 2026, arXiv 2511.07074.
@@ -59,13 +59,8 @@ def explain(
 
     scored, demonstration = parse_record(record), parse_record(neighbor)
     lm = model if isinstance(model, CausalLM) else load_model(model, tokenizer, device, dtype)
-    return _explain(scored, demonstration, lm, load_template(template, lm.tokenizer, include_eos), max_length)
-
-
-def _explain(
-    record: Record, demonstration: Record, lm: CausalLM, layout: Template, max_length: int | None
-) -> Explanation:
-    passes = layout.one_shot(demonstration, record), layout.zero_shot(record)
+    layout = load_template(template, lm.tokenizer, include_eos) if isinstance(template, str | Path) else template
+    passes = layout.one_shot(demonstration, scored), layout.zero_shot(scored)
     limit = lm.max_length if max_length is None else max_length
     room = min(sequence.room(limit) for sequence in passes)
     if not room:
@@ -105,10 +100,8 @@ def explain_run(run: Path, index: int, model: str | None = None, data: object = 
     Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score.
     """
     from miwv_fast.model import load_model
-    from miwv_fast.records import parse_record
     from miwv_fast.scores import load_scores
-    from miwv_fast.templates import ChatTemplate, PairTemplate
-    from miwv_fast.tokens import SegmentEncoder
+    from miwv_fast.templates import load_template
 
     scores = load_scores(run, data)
     if not 0 <= index < len(scores):
@@ -116,18 +109,14 @@ def explain_run(run: Path, index: int, model: str | None = None, data: object = 
     row = scores.table.slice(index, 1).to_pylist()[0]
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
+    record, neighbor = scores.rows(np.array([index, row["neighbor"]]))
     settings = scores.manifest
-    records = [parse_record(value) for value in scores.rows(np.array([index, row["neighbor"]]))]
     lm = load_model(model or settings["model"]["name"])
-    encoder, eos, template = SegmentEncoder(lm.tokenizer), settings["include_eos"], settings["template"]
-    layout = (
-        ChatTemplate(encoder, eos)
-        if template["name"] == "chat"
-        else PairTemplate(template["name"], template["source"], encoder, eos)
-    )
+    name, source = settings["template"]["name"], settings["template"]["source"]
+    template = load_template(name, lm.tokenizer, settings["include_eos"], source)
     losses = f"one-shot {row['nll_one_shot']:.4f}, zero-shot {row['nll_zero_shot']:.4f} nats per token"
     line = f"record {index}, demonstration {row['neighbor']}: MIWV {row['miwv']:+.4f}, {losses}"
-    return line, _explain(*records, lm, layout, settings["max_length"])
+    return line, explain(record, neighbor, lm, template=template, max_length=settings["max_length"])
 
 
 def show(line: str, explanation: Explanation) -> None:

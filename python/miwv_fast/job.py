@@ -246,4 +246,5 @@ def _mean(values: np.ndarray, used: np.ndarray) -> np.ndarray:
     """Mean over the last axis of the used entries, float32 [N], NaN where none is used."""
     total = np.where(used, values, 0).sum(axis=1, dtype=np.float64)
     with np.errstate(invalid="ignore"):
-        return (total / used.sum(axis=1)).astype(np.float32)
+        mean: np.ndarray = (total / used.sum(axis=1)).astype(np.float32)
+    return mean

@@ -86,7 +86,7 @@ class CausalLM:
         Not what happens to be free: the plan, and with it the last bits of the scores, must not depend on what else the
         machine does.
         """
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
         return int(torch.cuda.get_device_properties(self.device).total_memory) - weights
 
     def default_batch_tokens(self) -> int:
@@ -146,12 +146,11 @@ class CausalLM:
     @torch.inference_mode()
     def token_nll(self, sequence: TokenSequence) -> torch.Tensor:
         """Negative log-likelihood in nats, float32 [T] on the model's device, of each scored token of a sequence."""
-        ids = torch.from_numpy(sequence.ids).long()[None]
-        rows = torch.zeros_like(ids, dtype=torch.bool)
-        rows[0, torch.from_numpy(sequence.rows).long()] = True
-        logits, _ = self._forward(ids, torch.ones_like(ids), rows, None, keep=False)
-        chosen = None if logits.ndim == 2 else torch.from_numpy(sequence.rows).to(logits.device)
-        return -ops.token_logprobs(logits, torch.from_numpy(sequence.targets).to(logits.device), chosen)
+        ids = torch.from_numpy(sequence.ids).long()[None].to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        rows, targets = (torch.from_numpy(values).long() for values in (sequence.rows, sequence.targets))
+        # To the head, every token is a response of its own.
+        return self.head.response_nll(inputs, Scored(rows, targets, torch.arange(len(rows) + 1)))[0]
 
     @torch.inference_mode()
     def _run(

@@ -55,7 +55,8 @@ class Groups:
     @property
     def first(self) -> np.ndarray:
         """The lowest record of each group."""
-        return self.members[self.start[:-1]]
+        lowest: np.ndarray = self.members[self.start[:-1]]
+        return lowest
 
 
 @dataclass(frozen=True)

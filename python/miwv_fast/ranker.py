@@ -239,4 +239,5 @@ def fill_quotas(order: np.ndarray, groups: np.ndarray, quotas: Sequence[int], wa
     place[by_group] = np.arange(len(order)) - start[group[by_group]]
     chosen = place < np.asarray(quotas, np.int64)[group]
     chosen[np.flatnonzero(~chosen)[: max(0, wanted - int(chosen.sum()))]] = True
-    return order[chosen]
+    selected: np.ndarray = order[chosen]
+    return selected

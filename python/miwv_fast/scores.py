@@ -127,9 +127,9 @@ class Scores:
         per: str | None = None,
     ) -> ranker.Selection:
         """The numbers of the records that `select` returns, int64, best first, and what `dedup` left out for what."""
-        columns = (self.table["miwv"], self.table["response_tokens"].fill_null(0))
         return ranker.select(
-            *(column.to_numpy(zero_copy_only=False) for column in columns),
+            self.table["miwv"].to_numpy(zero_copy_only=False),
+            self.table["response_tokens"].fill_null(0).to_numpy(zero_copy_only=False),
             top,
             min_miwv=min_miwv,
             min_response_tokens=min_response_tokens,

@@ -195,8 +195,8 @@ def read_parts(folder: Path) -> Iterator[Part]:
         cost = json.loads(table.schema.metadata[b"cost"])
         one_shot = table["one_shot"].to_numpy()
         number, nll = table["number"].to_numpy(), table["nll"].to_numpy()
-        passes = [(number[chosen], nll[chosen]) for chosen in (~one_shot, one_shot)]
-        yield Part(path, int(unit), UnitResult(*passes, cost["forwarded"], cost["padding"]), cost["seconds"])
+        zero, one = ((number[chosen], nll[chosen]) for chosen in (~one_shot, one_shot))
+        yield Part(path, int(unit), UnitResult(zero, one, cost["forwarded"], cost["padding"]), cost["seconds"])
 
 
 def run_status(folder: Path) -> dict[str, Any]:

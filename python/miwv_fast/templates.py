@@ -134,12 +134,16 @@ def read_template(template: str | Path) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def load_template(template: str | Path, tokenizer: Any, include_eos: bool = False) -> Template:
+def load_template(
+    template: str | Path, tokenizer: Any, include_eos: bool = False, source: str | None = None
+) -> Template:
     """A template by name (`alpaca`, `plain`, `chat`) or from a Jinja file that defines `prompt` and `separator`.
 
-    Raises ValueError for an unknown name or a template that cannot be used, FileNotFoundError for a missing file.
+    `source` is what the file held when it was read before, as a run's manifest has it. Raises ValueError for an unknown
+    name or a template that cannot be used, FileNotFoundError for a missing file.
     """
-    source = read_template(template)
+    if template == "chat" or source is None:
+        source = read_template(template)
     encoder = SegmentEncoder(tokenizer)
     if source is None:
         return ChatTemplate(encoder, include_eos)

@@ -14,6 +14,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The fields of `Logits` in csrc/rows.h: address, dtype, rows, V, row stride, rows per batch, batch stride.
 Packed = tuple[int, int, int, int, int, int, int]
+ScaledPacked = tuple[int, int, int, int, int, int, int, float, float]
 
 
 def is_plain(name: str, values: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from miwv_fast import _core
-from miwv_fast.ops.checks import Packed
+from miwv_fast.ops.checks import Packed, ScaledPacked
 
 # Whether several blocks of a GPU share a row: 1 always, 0 never, -1 where there are few rows. Only time depends on it;
 # tests and benchmarks change it.
@@ -32,7 +32,7 @@ def run_rows(
     name: str,
     arguments: tuple[object, ...],
     logits: Tensor,
-    packed: Packed,
+    packed: Packed | ScaledPacked,
     num_tokens: int,
     *,
     sides: int = 1,

@@ -7,6 +7,7 @@ the partial softmax of its tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,13 @@ def linear_response_nll(
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
     the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not.
     """
-    options = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
     if is_plain("hidden", hidden) and is_plain("weight", weight):
         return linear_response_nll_impl(hidden, weight, targets, offsets, rows, bias=bias, **options)
     check_index_kinds(targets=targets, offsets=offsets, rows=rows)
     operator = torch.ops.miwv_fast.linear_response_nll.default
-    return operator(hidden, weight, targets, offsets, rows, bias=bias, **options)
+    result: Tensor = operator(hidden, weight, targets, offsets, rows, bias=bias, **options)
+    return result
 
 
 def linear_response_nll_difference(
@@ -82,12 +84,13 @@ def linear_response_nll_difference(
     Both hidden states score the same targets with the same head; otherwise as `linear_response_nll`.
     """
     arguments = (one_shot_hidden, zero_shot_hidden, weight, targets, offsets, one_shot_rows, zero_shot_rows)
-    options = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
     named = {"one_shot_hidden": one_shot_hidden, "zero_shot_hidden": zero_shot_hidden, "weight": weight}
     if all([is_plain(name, values) for name, values in named.items()]):
         return linear_response_nll_difference_impl(*arguments, bias=bias, **options)
     check_index_kinds(targets=targets, offsets=offsets, one_shot_rows=one_shot_rows, zero_shot_rows=zero_shot_rows)
-    return torch.ops.miwv_fast.linear_response_nll_difference.default(*arguments, bias=bias, **options)
+    result: Tensor = torch.ops.miwv_fast.linear_response_nll_difference.default(*arguments, bias=bias, **options)
+    return result
 
 
 def response_nll_partials(
@@ -110,12 +113,13 @@ def response_nll_partials(
     `log sum exp(logits) = max + log(sum)` over the slice, max being a number near the largest logit; a sum of 0 is a
     slice of nothing but -inf. Otherwise as `linear_response_nll`; `combine_partials` gives the losses.
     """
-    options = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
     if is_plain("hidden", hidden) and is_plain("weight", weight):
         return response_nll_partials_impl(hidden, weight, targets, rows, first=first, bias=bias, **options)
     check_index_kinds(targets=targets, rows=rows)
     operator = torch.ops.miwv_fast.response_nll_partials.default
-    return operator(hidden, weight, targets, rows, first=first, bias=bias, **options)
+    result: Tensor = operator(hidden, weight, targets, rows, first=first, bias=bias, **options)
+    return result
 
 
 def combine_partials(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
@@ -128,7 +132,8 @@ def combine_partials(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
     check_partials(partials, offsets)
     if all([type(part) is Tensor and not part.is_meta for part in partials]) and not torch.compiler.is_compiling():
         return combine_partials_impl(partials, offsets)
-    return torch.ops.miwv_fast.combine_partials.default(list(partials), offsets)
+    result: Tensor = torch.ops.miwv_fast.combine_partials.default(list(partials), offsets)
+    return result
 
 
 # ---- Behind torch's dispatcher

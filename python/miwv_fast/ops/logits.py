@@ -26,7 +26,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, 
     if is_plain("logits", logits):
         return token_logprobs_impl(logits, targets, rows, check=check)
     check_index_kinds(targets=targets, rows=rows)
-    return torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows, check=check)
+    result: Tensor = torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows, check=check)
+    return result
 
 
 def response_nll(
@@ -40,7 +41,8 @@ def response_nll(
     if is_plain("logits", logits):
         return response_nll_impl(logits, targets, offsets, rows, check=check)
     check_index_kinds(targets=targets, offsets=offsets, rows=rows)
-    return torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows, check=check)
+    result: Tensor = torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows, check=check)
+    return result
 
 
 def response_nll_difference(
@@ -61,7 +63,8 @@ def response_nll_difference(
     if is_plain("one_shot_logits", one_shot_logits) and is_plain("zero_shot_logits", zero_shot_logits):
         return response_nll_difference_impl(*arguments, check=check)
     check_index_kinds(targets=targets, offsets=offsets, one_shot_rows=one_shot_rows, zero_shot_rows=zero_shot_rows)
-    return torch.ops.miwv_fast.response_nll_difference.default(*arguments, check=check)
+    result: Tensor = torch.ops.miwv_fast.response_nll_difference.default(*arguments, check=check)
+    return result
 
 
 def token_logprobs_impl(logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
