@@ -47,8 +47,8 @@ def explain(
 
     Both are records of any of the four shapes that `score` reads; the other arguments are those of `score`. A loaded
     `CausalLM` and a loaded template (with its own `include_eos`) are used as they are, so that neither need be loaded
-    for each record. Raises ValueError if one of the
-    records cannot be read, or no response token is left within `max_length`.
+    for each record. Raises ValueError if one of the records cannot be read, or no response token is left within
+    `max_length`.
 
     Source: the terms of L(y | x) of Jiang et al., AAAI 2026, arXiv 2511.07074.
     """

@@ -59,6 +59,9 @@ def selection_size(top: str | float | int, records: int) -> int:
 
     A share is rounded down, to at least one. Raises ValueError or TypeError for anything else, and for a count
     larger than the data.
+
+    >>> selection_size("1%", 52002), selection_size(0.05, 52002), selection_size(500, 52002)
+    (520, 2600, 500)
     """
     if isinstance(top, str):
         text = top.strip()
@@ -218,6 +221,9 @@ def proportional(counts: Sequence[int], wanted: int) -> list[int]:
     """`wanted` places shared out in proportion to `counts`, by largest remainder.
 
     Each gets its exact share rounded down; the places left go one each to the largest fractions, ties to the first.
+
+    >>> proportional([700, 200, 100], 12)  # 8.4, 2.4 and 1.2
+    [9, 2, 1]
     """
     total = sum(counts)
     shares = [wanted * count // total for count in counts]

@@ -153,6 +153,9 @@ def parse_record(value: object, index: int = 0) -> Record:
 
     Shapes: Alpaca (`instruction`, `input`, `output`), `prompt` with `completion` or `response`, OpenAI
     `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that says what is wrong.
+
+    >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
+    (Turn(instruction='Add.', input='1 and 2', response='3'),)
     """
     if not isinstance(value, Mapping):
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
@@ -190,6 +193,9 @@ def recognize(value: Mapping[str, Any]) -> str | None:
     """A record's shape, named by the field that holds what is scored; None if it has none of the four.
 
     Fields without a value count where no shape has all of its own: a table of several shapes has nulls.
+
+    >>> recognize({"prompt": "Hi", "response": "Hello"}), recognize({"text": "Hi"})
+    ('response', None)
     """
     present = {key for key, item in value.items() if item is not None}
     for known in (present, value.keys() - {"messages", "conversations"}):

@@ -55,6 +55,10 @@ def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, 
 
     The logits at position t - 1 predict the label at position t, so `rows` are `b * T + t - 1` into logits `[B, T, V]`.
     A label at position 0 has nothing that predicts it and is left out, as Hugging Face's loss does.
+
+    >>> rows, targets, offsets = rows_from_labels(torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]]))
+    >>> rows.tolist(), targets.tolist(), offsets.tolist()
+    ([1, 2, 4], [7, 8, 9], [0, 2, 3])
     """
     if (
         not isinstance(labels, Tensor)

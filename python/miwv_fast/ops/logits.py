@@ -22,6 +22,10 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, 
     """Log-probability in nats of each target token, float32 `[T]`.
 
     `out[t] = log_softmax(logits[rows[t]])[targets[t]]`, for targets `[T]` and rows `[T]`.
+
+    >>> logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    >>> token_logprobs(logits, torch.tensor([0, 1]), rows=torch.tensor([1, 1]))
+    tensor([-0.0486, -3.0486])
     """
     if is_plain("logits", logits):
         return token_logprobs_impl(logits, targets, rows, check=check)
@@ -37,6 +41,10 @@ def response_nll(
 
     Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end
     with T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
+
+    >>> logits = torch.zeros(3, 4)  # four entries, all of the same probability
+    >>> response_nll(logits, torch.tensor([0, 3, 1]), torch.tensor([0, 2, 3]))
+    tensor([1.3863, 1.3863])
     """
     if is_plain("logits", logits):
         return response_nll_impl(logits, targets, offsets, rows, check=check)

@@ -1,0 +1,39 @@
+"""What is shipped: types for the package and for the compiled module, docstring examples that run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+from importlib.resources import files
+
+import pytest
+
+import miwv_fast
+from miwv_fast import _core
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(miwv_fast.__path__, "miwv_fast.")
+    if not module.name.endswith("._core")
+]
+
+
+def test_types_are_shipped_and_name_all_that_is_compiled():
+    stub = ast.parse((files("miwv_fast") / "_core.pyi").read_text())
+    assert (files("miwv_fast") / "py.typed").is_file()
+    declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+    variables = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    compiled = {name for name in dir(_core) if not name.startswith("_")}
+    if not _core.has_cuda:
+        declared = {name: node for name, node in declared.items() if not name.startswith("cuda_")}
+    assert declared.keys() | variables == compiled
+    for name, node in declared.items():
+        assert len(node.args.args) == getattr(_core, name).__doc__.partition("->")[0].count(": "), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert not result.failed
