@@ -109,7 +109,7 @@ def explain_run(run: Path, index: int, model: str | None = None, data: object = 
     row = scores.table.slice(index, 1).to_pylist()[0]
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
-    record, neighbor = scores.rows(np.array([index, row["neighbor"]]))
+    record, neighbor = scores.rows([index, row["neighbor"]])
     settings = scores.manifest
     lm = load_model(model or settings["model"]["name"])
     name, source = settings["template"]["name"], settings["template"]["source"]

@@ -138,11 +138,12 @@ class Scores:
             groups=None if per is None else self._groups(per, data),
         )
 
-    def rows(self, numbers: np.ndarray, data: object = None) -> list[dict[str, Any]]:
+    def rows(self, numbers: Iterable[int], data: object = None) -> list[dict[str, Any]]:
         """The records of these numbers, in this order, as they came. Raises ValueError as `select` does."""
-        wanted = set(numbers.tolist())
+        order = [int(number) for number in numbers]
+        wanted = set(order)
         rows = {number: row.value for number, row in enumerate(self._read(data)) if number in wanted}
-        return [rows[number] for number in numbers.tolist()]
+        return [rows[number] for number in order]
 
     def _read(self, data: object) -> Iterator[Row]:
         source = self.source if data is None else open_source(data)
