@@ -179,6 +179,7 @@ def test_demo(smollm2, minilm, tmp_path):
     table = pq.read_table(tmp_path / "miwv-demo" / "scores.parquet")
     assert table.num_rows == 120 and set(table["status"].to_pylist()) == {"ok"}
     assert len((tmp_path / "miwv-demo" / "selected.jsonl").read_text().splitlines()) == 12
+    assert "it/s" not in done.stderr  # no bars of other libraries
     assert "best and worst" in done.stdout and "miwv-demo/selected.jsonl" in done.stdout
 
 

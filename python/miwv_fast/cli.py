@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tqdm
 import typer
 
 from miwv_fast.errors import Interrupted
@@ -221,8 +223,10 @@ def main() -> None:
     # Other libraries' own bars and advice would drown ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its variable TQDM_DISABLE is read on import, which torch has done by now.
+    tqdm.std.tqdm.__init__ = functools.partialmethod(tqdm.std.tqdm.__init__, disable=True)
     for noisy in ("transformers", "sentence_transformers", "huggingface_hub", "httpx", "gguf"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
