@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import miwv_fast
 from miwv_fast.cli import main
 from support import byte_level, tiny_model
 from test_scorer import make_rows
@@ -169,6 +170,7 @@ def test_help_and_info(workplace):
     assert done.returncode == 0 and all(word in done.stdout for word in ("demo", "score", "select", "info"))
     done = run(workplace, "score", "--help")
     assert done.returncode == 0 and "Example: miwv-fast score" in done.stdout
+    assert run(workplace, "--version").stdout == f"miwv-fast {miwv_fast.__version__}\n"
     done = run(workplace, "info")
     assert done.returncode == 0 and "torch" in json.loads(done.stdout)["packages"]
 

@@ -132,6 +132,10 @@ def test_run_of_an_iterable_keeps_the_records(rows, llama, scored, tmp_path):
 def test_unusable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no scores at"):
         miwv_fast.load_scores(tmp_path)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        miwv_fast.load_scores(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / "s.parquet").write_text("nothing")
     with pytest.raises(ValueError, match="not a Parquet file"):
         miwv_fast.load_scores(tmp_path / "s.parquet")

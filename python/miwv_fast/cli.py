@@ -20,11 +20,27 @@ if TYPE_CHECKING:
     from miwv_fast.ranker import Duplicates
 
 app = typer.Typer(
-    help="Score, rank and select instruction data by Model Instruction Weakness Value (MIWV).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import miwv_fast
+
+        typer.echo(f"miwv-fast {miwv_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Score, rank and select instruction data by Model Instruction Weakness Value (MIWV)."""
 
 
 @app.command()

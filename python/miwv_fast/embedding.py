@@ -90,7 +90,8 @@ def _load_embedder(name: str | Path, device: str) -> Callable[[list[str]], np.nd
         model = SentenceTransformer(str(name), device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot load the embedder {str(name)!r}: {reason}") from error
+        hint = "another can be given by name or folder, or embeddings as an array"
+        raise ValueError(f"cannot load the embedder {str(name)!r} ({hint}): {reason}") from error
 
     def encode(texts: list[str]) -> np.ndarray:
         return np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))

@@ -198,6 +198,8 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
     if file.is_dir():
         file = file / "scores.parquet"
     if not file.is_file():
+        if (file.parent / "manifest.json").is_file():
+            raise FileNotFoundError(f"the run in {file.parent} is not finished: the command that began it goes on")
         raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
     try:
         table = pq.read_table(file)
