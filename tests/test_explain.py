@@ -84,6 +84,7 @@ def test_what_cannot_be_explained(llama):
 
 def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
     rows = make_rows("alpaca", 6)
+    rows[1]["output"] += "\x1b[2J"
     rows[2]["output"] = ""
     template = tmp_path / "mine.jinja"
     template.write_text(
@@ -103,7 +104,8 @@ def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(told.tokens)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     show(line, told)
-    assert "the demonstration hurts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the demonstration hurts" in out and "\x1b[2J" not in out
     with pytest.raises(ValueError, match="record 2 has no score: empty_response"):
         explain_run(tmp_path / "run", 2)
     with pytest.raises(ValueError, match="no record 6: the scores are of records 0 to 5"):

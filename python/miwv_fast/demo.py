@@ -32,7 +32,9 @@ def run_demo(output: Path) -> None:
     scores.save(output / "scores.parquet")
     write_jsonl(output / "selected.jsonl", selected)
     print(f"wrote {output / 'scores.parquet'} (a row per record) and {output / 'selected.jsonl'} (the best 10 %)")
-    print(f"next: miwv-fast explain {output} 0, or your own data: miwv-fast score DATA.jsonl --model MODEL --output run")
+    print(
+        f"next: miwv-fast explain {output} 0, or your own data: miwv-fast score DATA.jsonl --model MODEL --output run"
+    )
 
 
 def _packaged(package: str, pattern: str, command: str) -> Path:

@@ -114,9 +114,9 @@ def explain_run(run: Path, index: int, model: str | None = None, data: object = 
     lm = load_model(model or settings["model"]["name"])
     name, source = settings["template"]["name"], settings["template"]["source"]
     template = load_template(name, lm.tokenizer, settings["include_eos"], source)
-    losses = f"one-shot {row['nll_one_shot']:.4f}, zero-shot {row['nll_zero_shot']:.4f} nats per token"
-    line = f"record {index}, demonstration {row['neighbor']}: MIWV {row['miwv']:+.4f}, {losses}"
-    return line, explain(record, neighbor, lm, template=template, max_length=settings["max_length"])
+    told = explain(record, neighbor, lm, template=template, max_length=settings["max_length"])
+    means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
+    return f"record {index}, demonstration {row['neighbor']}: MIWV {told.difference.mean():+.4f}, {means}", told
 
 
 def show(line: str, explanation: Explanation) -> None:
@@ -137,6 +137,8 @@ def show(line: str, explanation: Explanation) -> None:
     for token, difference in zip(explanation.tokens, explanation.difference.tolist(), strict=True):
         faded = round(255 * (1 - abs(difference) / strongest))
         background = f"rgb(255,{faded},{faded})" if difference > 0 else f"rgb({faded},{faded},255)"
-        text.append(token, style=f"black on {background}")
+        # A terminal obeys control characters.
+        shown = "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in token)
+        text.append(shown, style=f"black on {background}")
     print(f"red: the demonstration hurts, blue: it helps, by up to {strongest:.2f} nats")
     Console().print(text)
