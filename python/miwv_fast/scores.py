@@ -68,7 +68,7 @@ class Scores:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
-    embeddings: np.ndarray | None = None
+    embeddings: np.ndarray | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
