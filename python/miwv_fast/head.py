@@ -45,7 +45,10 @@ class Scored:
 class Head(Protocol):
     """A way from a model's inputs to losses."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """`direct`, `rows` or `all`."""
+        ...
 
     def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
         """Mean NLL in nats of each response, float32 [B], by one forward pass; and the model's cache."""
@@ -278,18 +281,19 @@ def _hook(handle: Any) -> Iterator[None]:
 def _run_once(base: nn.Module) -> Iterator[None]:
     """Within, a module gives its first output again and again: what follows it can be run in parts."""
     own = base.__dict__.get("forward")
-    forward, outputs = base.forward, []
+    forward = base.forward
+    outputs: list[Any] = []
 
     def once(*arguments: Any, **options: Any) -> Any:
         if not outputs:
             outputs.append(forward(*arguments, **options))
         return outputs[0]
 
-    base.forward = once  # type: ignore[method-assign]
+    base.forward = once
     try:
         yield
     finally:
         if own is None:
             del base.forward
         else:
-            base.forward = own  # type: ignore[method-assign]
+            base.forward = own

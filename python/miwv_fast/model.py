@@ -97,7 +97,7 @@ class CausalLM:
         """
         if self.device.type == "cuda":
             # What a layer holds of a token at once: some 16 vectors of the hidden size, a multiple of it in the MLP.
-            held = 64 * int(self.model.config.get_text_config().hidden_size) * self.model.dtype.itemsize
+            held = 64 * int(self.model.config.get_text_config().hidden_size) * int(self.model.dtype.itemsize)
             budget = max(1024, min(32768, self.room() // 4 // held))
         else:
             budget = 1024
