@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from miwv_fast.scores import SCHEMA
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -152,3 +155,29 @@ def text_embedder(texts: list[str]) -> np.ndarray:
         for letter in text:
             counts[row, ord(letter) % 64] += 1
     return counts
+
+
+def random_scores(count: int, rejected: int = 0, seed: int = 0) -> pa.Table:
+    """A table as scoring makes it, of losses drawn at random; the last `rejected` records have no score."""
+    state = np.random.default_rng(seed)
+    scored = np.arange(count) < count - rejected
+    zero = state.gamma(3, 0.5, count).astype(np.float32)
+    one = (zero * 0.9 + state.normal(0, 0.2, count)).astype(np.float32)
+
+    def column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+        return pa.array(values, kind, mask=~scored)
+
+    return pa.table(
+        {
+            "index": np.arange(count),
+            "id": pa.array([f"id-{number}" for number in range(count)]),
+            "miwv": column(one - zero, pa.float32()),
+            "nll_one_shot": column(one, pa.float32()),
+            "nll_zero_shot": column(zero, pa.float32()),
+            "response_tokens": column(state.integers(1, 900, count), pa.int32()),
+            "neighbor": column((np.arange(count) + 1) % max(1, count - rejected), pa.int64()),
+            "similarity": column(state.uniform(0.2, 1, count).astype(np.float32), pa.float32()),
+            "status": pa.array(np.where(scored, "ok", "empty_response")),
+        },
+        schema=SCHEMA,
+    )

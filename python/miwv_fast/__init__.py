@@ -16,15 +16,18 @@ from miwv_fast.explain import Explanation, explain
 from miwv_fast.info import info
 
 if TYPE_CHECKING:
+    from miwv_fast.comparison import Comparison, compare
     from miwv_fast.scorer import score
     from miwv_fast.scores import Scores, load_scores
 
-__all__ = ["Explanation", "Scores", "explain", "info", "load_scores", "ops", "score"]
+__all__ = ["Comparison", "Explanation", "Scores", "compare", "explain", "info", "load_scores", "ops", "score"]
 __version__ = "0.1.0"
 
 # Imported at first use: a tool that only wants `ops` pays for torch and nothing else.
 _HOME = {
+    "Comparison": "miwv_fast.comparison",
     "Scores": "miwv_fast.scores",
+    "compare": "miwv_fast.comparison",
     "load_scores": "miwv_fast.scores",
     "score": "miwv_fast.scorer",
 }
