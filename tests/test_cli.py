@@ -76,6 +76,26 @@ def test_select_for_a_trainer(workplace, monkeypatch, capfd):
     assert status == 0 and out.startswith("record 0, demonstration ")
 
 
+def test_report_and_compare(workplace, monkeypatch, capfd):
+    if not (workplace / "run").exists():
+        assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    status, out, _ = call(monkeypatch, capfd, workplace, "report", "run", "--top", "3")
+    assert status == 0 and out.startswith("wrote report.html, 1.")
+    status, _, error = call(monkeypatch, capfd, workplace, "report", "run", "--field", "topic")
+    assert status == 2 and "no record has a field 'topic'" in error
+    assert call(monkeypatch, capfd, workplace, *SCORE, "plain", "--template", "plain")[0] == 0
+    status, out, _ = call(monkeypatch, capfd, workplace, "compare", "run", "plain")
+    assert status == 0 and out.startswith("10 records scored in both, rank correlation ")
+    first = json.loads((workplace / "data.jsonl").read_text().splitlines()[0])["instruction"]
+    assert "top 10%: " in out and " ".join(first.split())[:10] in out
+    (workplace / "other.jsonl").write_text((workplace / "data.jsonl").read_text() + "broken\n")
+    np.save(workplace / "eleven.npy", np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32))
+    others = ("score", "other.jsonl", "--model", "model", "--embedder", "eleven.npy", "--output", "other")
+    assert call(monkeypatch, capfd, workplace, *others)[0] == 0
+    status, _, error = call(monkeypatch, capfd, workplace, "compare", "run", "other")
+    assert status == 2 and "these runs are of different data: 10 records and 11" in error
+
+
 def test_status_resume_and_fresh(workplace):
     first = run(workplace, *SCORE, "again")
     assert first.returncode == 0, first.stderr

@@ -105,6 +105,7 @@ def score(
     tokens, seconds = scores.stats["forwarded_tokens"], scores.stats["scoring_seconds"]
     typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     typer.echo(f"wrote {output / 'scores.parquet'}; next: miwv-fast select {output} --top 1% --output subset.jsonl")
+    typer.echo(f"or look at it first: miwv-fast report {output}")
 
 
 @app.command()
@@ -177,6 +178,36 @@ def _show_duplicates(duplicates: Duplicates) -> None:
         typer.echo(f"  record {duplicates.records[place]}: like {duplicates.kept[place]}, cosine {similarity:.4f}")
     if len(duplicates) > shown:
         typer.echo(f"  ... and {len(duplicates) - shown} more")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    top: Annotated[str, typer.Option(help="The selection that the report opens with: 1%, 0.01, or a number.")] = "1%",
+    field: Annotated[str | None, typer.Option(help="Field of the data to compare by; default: looked for.")] = None,
+    model: Annotated[str | None, typer.Option(help="Explains the extremes token by token with this model.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+) -> None:
+    """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
+    from miwv_fast.scores import load_scores
+
+    load_scores(run, data).report(output, top=top, field=field, model=model)
+    typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    b: Annotated[Path, typer.Argument(help="Another run over the same data.")],
+    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+) -> None:
+    """Prints how far two runs over the same data agree, and the records that moved most."""
+    from miwv_fast.comparison import compare, show_comparison
+    from miwv_fast.scores import load_scores
+
+    first, second = load_scores(a, data), load_scores(b, data)
+    show_comparison(compare(first, second), first)
 
 
 @app.command()

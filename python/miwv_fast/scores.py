@@ -8,15 +8,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast import ranker
+from miwv_fast.extras import import_extra
 from miwv_fast.formats import Row
 from miwv_fast.sources import FileSource, Source, open_source
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
 
 STATUSES = (
     "ok",
@@ -142,10 +147,11 @@ class Scores:
         """The records of these numbers, in this order, as they came. Raises ValueError as `select` does."""
         order = [int(number) for number in numbers]
         wanted = set(order)
-        rows = {number: row.value for number, row in enumerate(self._read(data)) if number in wanted}
+        rows = {number: row.value for number, row in enumerate(self.read_rows(data)) if number in wanted}
         return [rows[number] for number in order]
 
-    def _read(self, data: object) -> Iterator[Row]:
+    def read_rows(self, data: object = None) -> Iterator[Row]:
+        """Every row of the scored data in order, malformed ones included. Raises ValueError as `select` does."""
         source = self.source if data is None else open_source(data)
         if source is None:
             raise ValueError("these scores do not hold their records; give the data that was scored as `data`")
@@ -161,7 +167,7 @@ class Scores:
         values: dict[str, int] = {}
         names: dict[str, None] = {}
         groups = []
-        for row in self._read(data):
+        for row in self.read_rows(data):
             record = row.value if isinstance(row.value, Mapping) else {}
             value = json.dumps(record.get(field), sort_keys=True, default=str)
             groups.append(values.setdefault(value, len(values)))
@@ -186,6 +192,60 @@ class Scores:
         write_atomically(
             Path(path), lambda out: pq.write_table(self.table.replace_schema_metadata({_MANIFEST_KEY: manifest}), out)
         )
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        top: str | float | int = "1%",
+        field: str | None = None,
+        data: object = None,
+        model: Any = None,
+    ) -> None:
+        """Writes one HTML file that shows these scores, needs no network and opens from disk; replaces a file there.
+
+        `top` is the selection that it opens with, as in `select`. `field` names the field of the data whose values are
+        compared; without it one is looked for. `data` replaces the data that was scored, if it has moved; where it is
+        not found, the report has no texts. With `model`, a name, folder or loaded pair as for `score`, the ten best and
+        the ten worst records are explained token by token.
+
+        Needs `pip install 'miwv-fast[report]'`. Raises ValueError if no record has a score, the data is not what was
+        scored, or no record has the field.
+        """
+        from miwv_fast.report import write_report
+
+        write_report(self, path, top=top, field=field, data=data, model=model)
+
+    def plot(self, top: str | float | int = "1%") -> np.ndarray:
+        """Plots the distribution of MIWV, and one-shot against zero-shot loss, with the selection `top` marked.
+
+        Returns the two matplotlib Axes. Needs `pip install 'miwv-fast[report]'`. Raises ValueError if no record has a
+        score.
+        """
+        from miwv_fast import notebook
+
+        return notebook.plot(self, top)
+
+    def _repr_html_(self) -> str:
+        from miwv_fast import notebook
+
+        return notebook.summary_html(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table as a pandas.DataFrame [N, columns], missing scores as NaN, missing whole numbers as `pandas.NA`.
+
+        Needs `pip install 'miwv-fast[report]'`.
+        """
+        pandas = import_extra("pandas", "report")
+        whole = {pa.int64(): pandas.Int64Dtype(), pa.int32(): pandas.Int32Dtype()}
+        return self.table.to_pandas(types_mapper=whole.get)
+
+    def to_dataset(self) -> datasets.Dataset:
+        """The table as a `datasets.Dataset` of N rows, in the order of the scored data.
+
+        Needs `pip install 'miwv-fast[datasets]'`.
+        """
+        return import_extra("datasets", "datasets").Dataset(self.table)
 
 
 def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
