@@ -49,6 +49,15 @@ def call(monkeypatch, capfd, folder: Path, *arguments: str) -> tuple[int, str, s
 SCORE = ("score", "data.jsonl", "--model", "model", "--embedder", "embeddings.npy", "--output")
 
 
+def test_info_of_a_model(workplace):
+    done = run(workplace, "info", "--model", "model")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["model"]
+    assert told["head"] == "direct" and told["shares_prefixes"] and told["logit_softcap"] is None
+    done = run(workplace, "info", "--model", "missing/model/folder")
+    assert done.returncode == 2 and "no such model folder" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_score_and_select(workplace):
     done = run(workplace, *SCORE, "run")
     assert done.returncode == 0, done.stderr

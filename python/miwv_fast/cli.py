@@ -255,13 +255,20 @@ def bench() -> None:
 
 
 @app.command()
-def info() -> None:
+def info(
+    model: Annotated[str | None, typer.Option(help="A model to load, to show how it would be scored.")] = None,
+) -> None:
     """Prints what a bug report needs: versions, how the kernels were built, and what this machine offers."""
     import json
 
     import miwv_fast
 
-    typer.echo(json.dumps(miwv_fast.info(), indent=2))
+    found = miwv_fast.info()
+    if model is not None:
+        from miwv_fast.model import load_model
+
+        found["model"] = load_model(model).describe()
+    typer.echo(json.dumps(found, indent=2))
 
 
 def main() -> None:
