@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from miwv_fast.engine import Engine
 from miwv_fast.errors import Interrupted
 from miwv_fast.forest import forwarded_tokens, plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Record, Records, Rejection
-from miwv_fast.runner import Runner, UnitResult
+from miwv_fast.runner import UnitResult
 from miwv_fast.scores import MULTI_SCHEMA, SCHEMA
 from miwv_fast.sources import Source
 from miwv_fast.store import Run
@@ -133,7 +134,7 @@ class Job:
         self._each("plan", measure, bars)
 
     def run(
-        self, runner: Runner, bars: Progress, run: Run | None = None, stopping: Callable[[], bool] = lambda: False
+        self, engine: Engine, bars: Progress, run: Run | None = None, stopping: Callable[[], bool] = lambda: False
     ) -> None:
         """All passes of every record that is left, unit by unit; those that `run` holds already are taken from there.
 
@@ -148,8 +149,8 @@ class Job:
             one,
             self.prefix_length,
             parents,
-            cache_tokens=runner.cache_tokens(),
-            unit_tokens=UNIT_BATCHES * runner.batch_tokens,
+            cache_tokens=engine.facts.cache_tokens,
+            unit_tokens=UNIT_BATCHES * engine.facts.batch_tokens,
         )
         planned = sum(forwarded_tokens(unit, zero, one, self.prefix_length, parents) for unit in units)
         finished = dict(run.parts()) if run is not None else {}
@@ -157,18 +158,18 @@ class Job:
             run.save_plan(len(units), planned)
         begin = time.perf_counter()
         with bars.task("scoring", planned, "tokens") as advance:
-            for number, unit in enumerate(units):
-                if number in finished:
-                    self._take(finished[number])
-                    advance(finished[number].forwarded_tokens)
-                    continue
-                if stopping():
-                    raise Interrupted(f"stopped after {number} of {len(units)} units")
-                since = time.perf_counter()
-                result = runner.run(unit, self, advance)
-                if run is not None:
-                    run.save_part(number, result, time.perf_counter() - since)
+            for result in finished.values():
                 self._take(result)
+                advance(result.forwarded_tokens)
+            left_units = [(number, unit) for number, unit in enumerate(units) if number not in finished]
+            if left_units and stopping():
+                raise Interrupted(f"stopped after {len(finished)} of {len(units)} units")
+            for count, done in enumerate(engine.run(left_units, self, advance), len(finished) + 1):
+                if run is not None:
+                    run.save_part(done.number, done.result, done.seconds)
+                self._take(done.result)
+                if stopping() and count < len(units):
+                    raise Interrupted(f"stopped after {count} of {len(units)} units")
         self.stats["scoring_seconds"] = time.perf_counter() - begin
         finite = np.isfinite(self.nll_zero) & (np.isfinite(self.nll_one) | (self.one_length == 0)).all(axis=1)
         for i in np.flatnonzero(left & ~finite):

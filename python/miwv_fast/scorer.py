@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from miwv_fast import ops
-from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embeddings, embed
+from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embeddings
+from miwv_fast.engine import Engine, LocalEngine, ModelFacts
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
-from miwv_fast.model import CausalLM, choose_device, choose_dtype, load_model
-from miwv_fast.neighbors import nearest
+from miwv_fast.model import choose_device, choose_dtype
 from miwv_fast.progress import Progress
 from miwv_fast.records import read_records
-from miwv_fast.runner import Runner
 from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
 from miwv_fast.store import Run
@@ -97,39 +96,38 @@ def score(
     choose_dtype(dtype, choose_device(device))
     source = open_source(data)
     records = read_records(source)
-    lm = load_model(model, tokenizer, device, dtype)
-    layout = load_template(template, lm.tokenizer, include_eos)
-    limit = _choose_limit(max_length, lm)
-    tokens = lm.default_batch_tokens() if batch_tokens == "auto" else batch_tokens
+    engine = LocalEngine(model, tokenizer, device, dtype, None if batch_tokens == "auto" else batch_tokens)
+    facts = engine.facts
+    layout = load_template(template, engine.tokenizer, include_eos)
+    limit = _choose_limit(max_length, facts)
     manifest = {
         "data": source.describe(),
         "records": len(records),
-        "model": {"name": lm.name, "sha256": None if output is None else lm.fingerprint()},
+        "model": {"name": facts.name, "sha256": None if output is None else engine.fingerprint()},
         "tokenizer": layout.encoder.fingerprint(),
         "embedder": _describe_embedder(embedder),
         "template": {"name": layout.name, "source": layout.source, "chat_date": CHAT_DATE.date().isoformat()},
         "neighbors": neighbors,
         "include_eos": include_eos,
         "max_length": limit,
-        "batch_tokens": tokens,
+        "batch_tokens": facts.batch_tokens,
         "share_prefix": share_prefix,
-        "device": lm.device.type,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": torch.device(facts.device).type,
+        "dtype": facts.dtype,
         "versions": package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers")),
         "kernels": ops.build_info()["isa"],
     }
     job = Job.start(records, layout, limit, neighbors)
-    runner = Runner(lm, tokens)
     # Nothing is written for data that cannot be scored.
     job.measure_zero_shot(bars)
     job.require_two(source)
     if isinstance(embedder, np.ndarray | torch.Tensor):
         embedder = check_embeddings(embedder, len(records))
     if output is None:
-        embeddings = _score(job, source, embedder, runner, share_prefix, bars, None)
+        embeddings = _score(job, source, embedder, engine, share_prefix, bars, None)
         return Scores(job.table(), manifest, source, job.stats, embeddings)
     with Run(Path(output), manifest, resume=resume) as run:
-        _score(job, source, embedder, runner, share_prefix, bars, run)
+        _score(job, source, embedder, engine, share_prefix, bars, run)
         scores = Scores(job.table(), run.manifest, source, job.stats, read_embeddings(run.folder))
         run.save_rejections(job.rejections)
         run.finish(scores)
@@ -137,13 +135,13 @@ def score(
 
 
 def _score(
-    job: Job, source: Source, embedder: Embedder, runner: Runner, share_prefix: bool, bars: Progress, run: Run | None
+    job: Job, source: Source, embedder: Embedder, engine: Engine, share_prefix: bool, bars: Progress, run: Run | None
 ) -> np.ndarray | None:
     """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk.
 
     Returns the embeddings float32 [N, D] where they do not lie in the run.
     """
-    device, kept = str(runner.lm.device), None
+    kept = None
     if run is not None:
         run.save_source(source)
         run.save_rejections(job.rejections)
@@ -154,19 +152,19 @@ def _score(
     found = run.neighbors(len(job.records), job.parents.shape[1]) if run is not None else None
     if found is None:
         scorable = job.pending()
-        embeddings = embed(job.records.embedded_texts(scorable), embedder, device, bars)
-        found = nearest(embeddings, scorable, job.parents.shape[1], device, bars)
+        embeddings = engine.embed(job.records.embedded_texts(scorable), embedder, bars)
+        found = engine.nearest(embeddings, scorable, job.parents.shape[1], bars)
         if run is None:
             kept = embeddings
         else:
             run.save_neighbors(embeddings, found)
     job.neighbors = found
-    job.measure_one_shot(bars, runner.lm.shared_length if share_prefix else 0)
+    job.measure_one_shot(bars, engine.facts.shared_length if share_prefix else 0)
     if run is None:
-        job.run(runner, bars)
+        job.run(engine, bars)
     else:
         with stop_signals() as stopping:
-            job.run(runner, bars, run, stopping)
+            job.run(engine, bars, run, stopping)
     return kept
 
 
@@ -218,7 +216,7 @@ def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int |
             raise ValueError(f"{name} should be at least {least}, it is {value}")
 
 
-def _choose_limit(max_length: int | None, lm: CausalLM) -> int | None:
-    if max_length is not None and lm.max_length is not None and max_length > lm.max_length:
-        raise ValueError(f"max_length {max_length} is more than the {lm.max_length} positions that the model knows")
-    return max_length if max_length is not None else lm.max_length
+def _choose_limit(max_length: int | None, facts: ModelFacts) -> int | None:
+    if max_length is not None and facts.max_length is not None and max_length > facts.max_length:
+        raise ValueError(f"max_length {max_length} is more than the {facts.max_length} positions that the model knows")
+    return max_length if max_length is not None else facts.max_length

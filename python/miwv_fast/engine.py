@@ -1,0 +1,120 @@
+"""Where the models run: what a job asks of them, and the answer of this process alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from miwv_fast.embedding import Embedder, embed
+from miwv_fast.forest import Unit
+from miwv_fast.model import load_model
+from miwv_fast.neighbors import Neighbors, nearest
+from miwv_fast.progress import Progress
+from miwv_fast.runner import Runner, Sequences, UnitResult
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan and a manifest need to know of a model, without the model.
+
+    `max_length` is None where the model has no limit; `shared_length` 0 where no prefix can be shared; `cache_tokens`
+    is how many tokens' keys and values a unit may keep.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    max_length: int | None
+    shared_length: int
+    batch_tokens: int
+    cache_tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished unit: its number in the plan, its losses, and the seconds it took."""
+
+    number: int
+    result: UnitResult
+    seconds: float
+
+
+class Engine(Protocol):
+    """Embeds texts, finds neighbours and runs units of the plan, here or elsewhere."""
+
+    facts: ModelFacts
+    tokenizer: Any
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's configuration and weights, hexadecimal."""
+        ...
+
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+        """Embeddings float32 [N, D] of `texts`, large_string [N]; rows of null texts are 0."""
+        ...
+
+    def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
+        """The k nearest scorable records of each."""
+        ...
+
+    def run(
+        self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
+    ) -> Iterator[Done]:
+        """Runs units, finished ones in any order; `advance` is called with the tokens of what was forwarded.
+
+        The caller may stop asking for more at any time.
+        """
+        ...
+
+
+class LocalEngine:
+    """One model in this process; units run one after the other."""
+
+    def __init__(
+        self,
+        model: str | Path | tuple[Any, Any],
+        tokenizer: Any,
+        device: str,
+        dtype: str | torch.dtype,
+        batch_tokens: int | None,
+    ) -> None:
+        lm = load_model(model, tokenizer, device, dtype)
+        self._runner = Runner(lm, lm.default_batch_tokens() if batch_tokens is None else batch_tokens)
+        self.tokenizer = lm.tokenizer
+        self.facts = ModelFacts(
+            lm.name,
+            str(lm.device),
+            str(lm.model.dtype).removeprefix("torch."),
+            lm.max_length,
+            lm.shared_length,
+            self._runner.batch_tokens,
+            self._runner.cache_tokens(),
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and of every weight as it is in memory, hexadecimal."""
+        return self._runner.lm.fingerprint()
+
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+        """Embeddings float32 [N, D], by an embedder on the model's device."""
+        return embed(texts, embedder, self.facts.device, bars)
+
+    def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
+        """The k nearest scorable records of each, searched on the model's device."""
+        return nearest(embeddings, scorable, k, self.facts.device, bars)
+
+    def run(
+        self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
+    ) -> Iterator[Done]:
+        """Runs units in their order, each when it is asked for."""
+        for number, unit in units:
+            since = time.perf_counter()
+            result = self._runner.run(unit, sequences, advance)
+            yield Done(number, result, time.perf_counter() - since)
