@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import miwv_fast
 from miwv_fast import embedding
-from miwv_fast.embedding import embed
+from miwv_fast.embedding import check_embedder, embed
 from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
 from support import text_embedder
@@ -76,3 +77,16 @@ def test_real_embedder(minilm):
     embeddings = embed(column(*texts), str(minilm), "cpu", QUIET)
     assert embeddings.shape == (4, 384) and embeddings.dtype == np.float32
     assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [2, 3, 0, 1]
+
+
+def test_a_named_embedder_is_looked_for_before_the_model_is_loaded(monkeypatch):
+    """Whoever has no hub learns it at once, not behind the weights of a large model."""
+    monkeypatch.setattr("miwv_fast.scorer.LocalEngine", lambda *_: pytest.fail("the model was loaded"))
+    rows = [{"prompt": "a", "response": "b"}] * 2
+    with pytest.raises(ValueError, match="cannot load the embedder 'no/such-embedder'"):
+        miwv_fast.score(rows, "no/such-model", embedder="no/such-embedder")
+
+
+def test_check_embedder_lets_pass_what_is_there(minilm):
+    for there in (str(minilm), minilm, text_embedder, np.ones((2, 3))):
+        check_embedder(there)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from miwv_fast import ranker
 from miwv_fast.records import parse_record
 from miwv_fast.scores import Scores
+from miwv_fast.terminal import printable
 
 SHARES = ("1%", "5%", "10%")
 
@@ -81,8 +82,7 @@ def _prompts(scores: Scores, numbers: list[int]) -> list[str]:
     if scores.source is None:
         return [""] * len(numbers)
     prompts = (" ".join(parse_record(row).turns[0].prompt.split()) for row in scores.rows(numbers))
-    # A terminal obeys control characters.
-    return ["".join(letter if letter.isprintable() else "\ufffd" for letter in prompt[:200]) for prompt in prompts]
+    return [printable(prompt[:200]) for prompt in prompts]
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -9,6 +9,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from miwv_fast.terminal import printable
+
 if TYPE_CHECKING:
     from miwv_fast.scores import Scores
 
@@ -50,6 +52,7 @@ def _show_extremes(scores: Scores, count: int) -> None:
     """Prints the best and the worst records with their losses and neighbours."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     ranking = scores.rank()[: len(scores) - scores.table["miwv"].null_count]
     places = [*range(min(count, len(ranking))), *range(max(count, len(ranking) - count), len(ranking))]
@@ -57,7 +60,8 @@ def _show_extremes(scores: Scores, count: int) -> None:
     columns = scores.table.to_pydict()
     chosen |= {columns["neighbor"][i] for i in chosen}
     assert scores.source is not None
-    texts = {i: row.value["instruction"] for i, row in enumerate(scores.source.rows()) if i in chosen}
+    rows = ((i, row.value["instruction"]) for i, row in enumerate(scores.source.rows()) if i in chosen)
+    texts = {i: Text(printable(" ".join(text.split()))) for i, text in rows}
     table = Table(title="Model Instruction Weakness Value: best and worst", title_justify="left")
     for name, justify in (("rank", "right"), ("MIWV", "right"), ("one-shot", "right"), ("zero-shot", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]

@@ -63,6 +63,25 @@ def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, pr
     return embeddings
 
 
+def check_embedder(embedder: Embedder) -> None:
+    """Raises ValueError, before anything large is loaded, if an embedder given by name is not to be had."""
+    if not isinstance(embedder, str | Path) or Path(embedder).exists():
+        return
+    from transformers.utils import cached_file
+
+    # As sentence-transformers does: names without an owner are its own; any model of transformers will do.
+    name = str(embedder)
+    repository = name if "/" in name else f"sentence-transformers/{name}"
+    reason: Exception | None = None
+    for file in ("modules.json", "config.json"):
+        try:
+            cached_file(repository, file)
+            return
+        except (OSError, ValueError) as error:
+            reason = error
+    raise _cannot_load(name, reason) from reason
+
+
 def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:
     """The embeddings as float32 [N, D]; ValueError unless there is a row of floats for every input record."""
     array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
@@ -89,11 +108,15 @@ def _load_embedder(name: str | Path, device: str) -> Callable[[list[str]], np.nd
         # Pickled weights can run code; whoever trusts theirs loads them and passes `encode`.
         model = SentenceTransformer(str(name), device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        hint = "another can be given by name or folder, or embeddings as an array"
-        raise ValueError(f"cannot load the embedder {str(name)!r} ({hint}): {reason}") from error
+        raise _cannot_load(str(name), error) from error
 
     def encode(texts: list[str]) -> np.ndarray:
         return np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
 
     return encode
+
+
+def _cannot_load(name: str, error: Exception | None) -> ValueError:
+    hint = "another can be given by name or folder, or embeddings as an array"
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"cannot load the embedder {name!r} ({hint}): {reason}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from miwv_fast.terminal import printable
+
 if TYPE_CHECKING:
     from miwv_fast.model import CausalLM
     from miwv_fast.templates import Template, TokenSequence
@@ -137,8 +139,7 @@ def show(line: str, explanation: Explanation) -> None:
     for token, difference in zip(explanation.tokens, explanation.difference.tolist(), strict=True):
         faded = round(255 * (1 - abs(difference) / strongest))
         background = f"rgb(255,{faded},{faded})" if difference > 0 else f"rgb({faded},{faded},255)"
-        # A terminal obeys control characters.
-        shown = "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in token)
+        shown = printable(token, keep="\n\t")
         text.append(shown, style=f"black on {background}")
     print(f"red: the demonstration hurts, blue: it helps, by up to {strongest:.2f} nats")
     Console().print(text)

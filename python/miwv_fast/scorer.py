@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from miwv_fast import ops
-from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embeddings
+from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embedder, check_embeddings
 from miwv_fast.engine import Engine, LocalEngine, ModelFacts
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
@@ -94,6 +94,8 @@ def score(
         raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
     choose_dtype(dtype, choose_device(device))
+    if output is None or not (Path(output) / "neighbors.parquet").exists():
+        check_embedder(embedder)
     source = open_source(data)
     records = read_records(source)
     engine = LocalEngine(model, tokenizer, device, dtype, None if batch_tokens == "auto" else batch_tokens)
