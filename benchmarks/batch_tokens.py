@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from command_line import package_folder, processor
+from miwv_fast.assembly import TokenSequence
 from miwv_fast.model import load_model
-from miwv_fast.templates import TokenSequence
 
 
 def main() -> None:

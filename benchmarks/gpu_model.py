@@ -65,7 +65,7 @@ class Lengths:
     tokens: np.ndarray
 
     def _sequence(self, ids: np.ndarray, scored_from: int) -> Any:
-        from miwv_fast.templates import TokenSequence
+        from miwv_fast.assembly import TokenSequence
 
         rows = np.arange(scored_from - 1, len(ids) - 1, dtype=np.int32)
         return TokenSequence(ids, rows, ids[rows + 1])

@@ -124,8 +124,8 @@ def make_model(vocab: int, hidden_size: int) -> Any:
 
 
 def ways(model: Any, vocab: int, tokens: int) -> dict[str, Callable[[], object]]:
+    from miwv_fast.assembly import TokenSequence
     from miwv_fast.model import CausalLM
-    from miwv_fast.templates import TokenSequence
 
     generator = np.random.default_rng(0)
     count = max(1, tokens // LENGTH)

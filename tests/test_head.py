@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from miwv_fast import head
+from miwv_fast.assembly import TokenSequence
 from miwv_fast.head import AllLogits, DirectHead, KeptRows
 from miwv_fast.model import CausalLM
-from miwv_fast.templates import TokenSequence
 from support import tiny_model
 
 VOCAB = 300

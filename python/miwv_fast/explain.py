@@ -14,8 +14,9 @@ import torch
 from miwv_fast.terminal import printable
 
 if TYPE_CHECKING:
+    from miwv_fast.assembly import TokenSequence
     from miwv_fast.model import CausalLM
-    from miwv_fast.templates import Template, TokenSequence
+    from miwv_fast.templates import Template
 
 
 @dataclass(frozen=True)

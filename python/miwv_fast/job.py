@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.corpus import Corpus, count_scored, cut_lengths, tokenize, tokenize_behind
 from miwv_fast.engine import Engine
 from miwv_fast.errors import Interrupted
 from miwv_fast.forest import forwarded_tokens, plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
-from miwv_fast.records import Record, Records, Rejection
+from miwv_fast.records import Records, Rejection
 from miwv_fast.runner import UnitResult
-from miwv_fast.scores import MULTI_SCHEMA, SCHEMA
+from miwv_fast.scores import MULTI_SCHEMA, SCHEMA, STATUSES
 from miwv_fast.sources import Source
 from miwv_fast.store import Run
-from miwv_fast.templates import Template, TokenSequence
+from miwv_fast.templates import Template
 
 UNIT_BATCHES = 64
+_OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncated", "malformed"))
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Job:
     records: Records
     template: Template
     max_length: int | None
-    status: list[str | None]
+    status: np.ndarray  # int8 [N], places in STATUSES; `ok` until something speaks against it
+    corpus: Corpus | None
     rejections: list[Rejection]
     scored_tokens: np.ndarray  # int32 [N], equal in all passes of a record
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
@@ -55,7 +58,8 @@ class Job:
             records=records,
             template=template,
             max_length=max_length,
-            status=list(records.status),
+            status=np.array([STATUSES.index(status or "ok") for status in records.status], np.int8),
+            corpus=None,
             rejections=list(records.rejections),
             scored_tokens=np.zeros(n, np.int32),
             zero_length=np.zeros(n, np.int32),
@@ -69,13 +73,16 @@ class Job:
 
     def pending(self) -> np.ndarray:
         """bool [N]: the records that nothing speaks against so far."""
-        return np.array([status in (None, "truncated") for status in self.status])
+        pending: np.ndarray = (self.status == _OK) | (self.status == _TRUNCATED)
+        return pending
 
     def require_two(self, source: Source) -> None:
         """Raises ValueError, with what there is instead, unless two records can be scored."""
         if self.pending().sum() >= 2:
             return
-        counts = ", ".join(f"{count} {status or 'scorable'}" for status, count in Counter(self.status).items())
+        numbers = np.bincount(self.status, minlength=len(STATUSES)).tolist()
+        names = ("scorable", *STATUSES[1:])
+        counts = ", ".join(f"{count} {name}" for name, count in zip(names, numbers, strict=True) if count)
         reason = f"; {self.rejections[0].location}: {self.rejections[0].reason}" if self.rejections else ""
         raise ValueError(
             f"{source.name}: at least two records that can be scored are needed, since each is the other's "
@@ -84,18 +91,15 @@ class Job:
 
     def measure_zero_shot(self, bars: Progress) -> None:
         """Tokenizes every record once: what is too long or has no response token falls out here."""
-
-        def measure(i: int, record: Record) -> None:
-            sequence = self.template.zero_shot(record)
-            room = sequence.room(self.max_length)
-            if not len(sequence.targets):
-                self.status[i] = "empty_response"
-            elif not room:
-                self.status[i] = "too_long"
-            self.scored_tokens[i] = room
-            self.prefix_length[i] = len(sequence.ids)
-
-        self._each("tokens", measure, bars)
+        left = self.pending()
+        with bars.task("tokens", int(left.sum()), "records") as advance:
+            self.corpus = tokenize(self.records, left, self.template, self._reject, advance)
+        left = self.pending()
+        spans, eos = self.corpus.alone.spans, self.corpus.end_of_turn is not None
+        self.scored_tokens[:] = count_scored(spans, 0, self.max_length, eos)
+        self.prefix_length[:] = self.corpus.alone.ids.lengths
+        self._set(left & (self.scored_tokens == 0), "too_long")
+        self._set(left & (count_scored(spans, 0, None, eos) == 0), "empty_response")
 
     def measure_one_shot(self, bars: Progress, shared_length: int) -> None:
         """Lengths of all passes; a demonstration may cost a response its tail or all of its room.
@@ -103,35 +107,59 @@ class Job:
         Where a one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run behind
         it: up to `shared_length` positions.
         """
+        corpus, k = self._corpus, self.parents.shape[1]
+        left = self.pending()
+        self._set(left & (self.neighbors.index < 0).all(axis=1), "no_neighbor")
+        if not corpus.tails:
+            self._tokenize_behind(bars)
+        left = self.pending()
+        spans, eos = corpus.alone.spans, corpus.end_of_turn is not None
+        rooms = []
+        for rank in range(k):
+            room = count_scored(corpus.tail(rank).spans, self._base(rank), self.max_length, eos)
+            rooms.append(np.where(left & (self.neighbors.index[:, rank] >= 0), room, 0))
+        # A demonstration that leaves no room is left out; the others share what the tightest of them leaves.
+        self._set(left & ~np.any(rooms, axis=0), "demonstration_too_long")
+        left = self.pending()
+        for room in rooms:
+            self.scored_tokens[left & (room > 0)] = np.minimum(self.scored_tokens, room)[left & (room > 0)]
+        self._set(left & (self.scored_tokens < count_scored(spans, 0, None, eos)), "truncated")
+        self.zero_length[left] = cut_lengths(spans, self.scored_tokens, eos)[left]
+        for rank, room in enumerate(rooms):
+            tail = corpus.tail(rank)
+            length = self._base(rank) + cut_lengths(tail.spans, self.scored_tokens, eos)
+            length = np.where(left & (room > 0), length, 0)
+            # The first scored token is predicted behind all of the demonstration.
+            first = np.concatenate([tail.spans.values[:, 0], [0]])[tail.spans.offsets[:-1]]
+            shared = (length > 0) & tail.behind & (first > 0) & (length <= shared_length)
+            self.one_length[:, rank] = length
+            self.parents[shared, rank] = self.neighbors.index[shared, rank]
 
-        def measure(i: int, record: Record) -> None:
-            demonstrations = [int(j) for j in self.neighbors.index[i] if j >= 0]
-            if not demonstrations:
-                self.status[i] = "no_neighbor"
-                return
-            zero = self.template.zero_shot(record)
-            passes = [self.template.one_shot(self.records[j], record) for j in demonstrations]
-            rooms = [one.room(self.max_length) for one in passes]
-            # A demonstration that leaves no room is left out; the others share what the tightest of them leaves.
-            room = min([zero.room(self.max_length), *(room for room in rooms if room)])
-            if not any(rooms):
-                self.status[i] = "demonstration_too_long"
-                return
-            self.scored_tokens[i] = room
-            if room < len(zero.targets):
-                self.status[i] = "truncated"
-            self.zero_length[i] = len(zero.cut(room).ids)
-            for rank, (j, one) in enumerate(zip(demonstrations, passes, strict=True)):
-                if not rooms[rank]:
-                    continue
-                one = one.cut(room)
-                self.one_length[i, rank] = len(one.ids)
-                prefix = self.template.zero_shot(self.records[j]).ids
-                inside = len(one.ids) <= shared_length and len(prefix) <= one.rows[0]
-                if inside and np.array_equal(one.ids[: len(prefix)], prefix):
-                    self.parents[i, rank] = j
+    def _tokenize_behind(self, bars: Progress) -> None:
+        """Every record behind each of its demonstrations, where the template looks at both."""
+        k = self.parents.shape[1]
+        with bars.task("plan", k * int(self.pending().sum()), "passes") as advance:
+            for rank in range(k):
+                demonstration = np.where(self.pending(), self.neighbors.index[:, rank], -1)
+                tails = tokenize_behind(self._corpus, self.records, demonstration, self.template, self._reject, advance)
+                self._corpus.tails.append(tails)
 
-        self._each("plan", measure, bars)
+    def _base(self, rank: int) -> np.ndarray:
+        """Where the tails of this rank begin, int64 [N]."""
+        corpus = self._corpus
+        return np.where(corpus.tail(rank).behind, corpus.alone.ids.lengths[self.neighbors.index[:, rank]], 0)
+
+    @property
+    def _corpus(self) -> Corpus:
+        assert self.corpus is not None, "measure_zero_shot comes first"
+        return self.corpus
+
+    def _set(self, which: np.ndarray, status: str) -> None:
+        self.status[which] = STATUSES.index(status)
+
+    def _reject(self, record: int, reason: str) -> None:
+        self.status[record] = _MALFORMED
+        self.rejections.append(Rejection(record, f"record {record}", reason, self.records[record].embedded_text))
 
     def run(
         self, engine: Engine, bars: Progress, run: Run | None = None, stopping: Callable[[], bool] = lambda: False
@@ -172,8 +200,7 @@ class Job:
                     raise Interrupted(f"stopped after {count} of {len(units)} units")
         self.stats["scoring_seconds"] = time.perf_counter() - begin
         finite = np.isfinite(self.nll_zero) & (np.isfinite(self.nll_one) | (self.one_length == 0)).all(axis=1)
-        for i in np.flatnonzero(left & ~finite):
-            self.status[i] = "non_finite"
+        self._set(left & ~finite, "non_finite")
 
     def _take(self, result: UnitResult) -> None:
         for (numbers, losses), column in (
@@ -186,17 +213,17 @@ class Job:
 
     def zero_shot(self, record: int) -> TokenSequence:
         """The record alone, cut to what is scored."""
-        return self.template.zero_shot(self.records[record]).cut(int(self.scored_tokens[record]))
+        return self._corpus.zero_shot(record).cut(int(self.scored_tokens[record]))
 
     def one_shot(self, number: int) -> TokenSequence:
         """A record behind a demonstration, cut to what is scored."""
         record, rank = divmod(number, self.parents.shape[1])
-        demonstration = self.records[int(self.neighbors.index[record, rank])]
-        return self.template.one_shot(demonstration, self.records[record]).cut(int(self.scored_tokens[record]))
+        whole = self._corpus.one_shot(record, rank, int(self.neighbors.index[record, rank]))
+        return whole.cut(int(self.scored_tokens[record]))
 
     def prefix(self, record: int, scored: bool) -> TokenSequence:
         """All of the record, as others continue it, with its own targets where it is scored."""
-        return self.template.zero_shot(self.records[record]).prefix(int(self.scored_tokens[record]) if scored else 0)
+        return self._corpus.zero_shot(record).prefix(int(self.scored_tokens[record]) if scored else 0)
 
     def parent(self, number: int) -> int:
         """The record that a one-shot pass continues."""
@@ -205,9 +232,8 @@ class Job:
     def table(self) -> pa.Table:
         """A row per input record, as `Scores.table` describes it."""
         n, k = self.parents.shape
-        status = ["ok" if status is None else status for status in self.status]
-        unscored = np.array([name not in ("ok", "truncated") for name in status])
-        no_tokens = np.array([name not in ("ok", "truncated", "non_finite") for name in status])
+        unscored = ~self.pending()
+        no_tokens = unscored & (self.status != STATUSES.index("non_finite"))
         no_neighbor = self.neighbors.index[:, 0] < 0
         used = self.one_length > 0
         # Without a pass there is no loss; a mean over nothing is never shown, its record being unscored.
@@ -221,26 +247,15 @@ class Job:
             "response_tokens": pa.array(self.scored_tokens, mask=no_tokens),
             "neighbor": pa.array(self.neighbors.index[:, 0], mask=no_neighbor),
             "similarity": pa.array(self.neighbors.similarity[:, 0], mask=no_neighbor),
-            "status": pa.array(status),
+            "status": pa.array(STATUSES).take(pa.array(self.status)),
         }
         if k > 1:
             deviation = (self.nll_one - nll_one[:, None]) ** 2
             columns["miwv_spread"] = pa.array(np.sqrt(_mean(deviation, used)), mask=unscored)
-            lists = [[int(j) for j in row if j >= 0] for row in self.neighbors.index]
-            columns["neighbors"] = pa.array(lists, pa.list_(pa.int64()))
+            there = self.neighbors.index >= 0
+            ends = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+            columns["neighbors"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), self.neighbors.index[there])
         return pa.table(columns, schema=SCHEMA if k == 1 else MULTI_SCHEMA)
-
-    def _each(self, name: str, measure: Callable[[int, Record], None], bars: Progress) -> None:
-        left = np.flatnonzero(self.pending())
-        with bars.task(name, len(left), "records") as advance:
-            for i in left.tolist():
-                record = self.records[i]
-                try:
-                    measure(i, record)
-                except ValueError as error:
-                    self.status[i] = "malformed"
-                    self.rejections.append(Rejection(i, f"record {i}", str(error), record.embedded_text))
-                advance(1)
 
 
 def _mean(values: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 
 from miwv_fast import ops
+from miwv_fast.assembly import TokenSequence
 from miwv_fast.head import Scored, agree, find_head, positions_at_a_time
-from miwv_fast.templates import TokenSequence
 
 _log = logging.getLogger(__name__)
 

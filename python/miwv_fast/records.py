@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,9 @@ class Record:
         return "\n".join(turn.prompt for turn in self.turns)
 
 
+_NOTHING = Record(-1, None, "", ())
+
+
 @dataclass(frozen=True)
 class Rejection:
     """A row that could not be read as a record: where it stood, what was wrong, and the row itself."""
@@ -85,8 +89,24 @@ class Records:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> Record:
-        record_id, system, turns = (self.table[name][index].as_py() for name in ("id", "system", "turns"))
-        return Record(index, record_id, system, tuple(Turn(**turn) for turn in turns))
+        return self.take(np.array([index]))[0]
+
+    def take(self, numbers: np.ndarray) -> list[Record]:
+        """The records of these numbers, int64 [M], in this order: `records[i]` of each, in a fraction of the time."""
+        batches = self._batches
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        place = np.searchsorted(starts, numbers, side="right") - 1
+        taken: list[Record] = [_NOTHING] * len(numbers)
+        for which in np.unique(place):
+            chosen = np.flatnonzero(place == which)
+            rows = batches[which].take(pa.array(numbers[chosen] - starts[which]))
+            for number, record in zip(chosen.tolist(), _unpack(rows, numbers[chosen]), strict=True):
+                taken[number] = record
+        return taken
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        return list(self.table.to_batches())
 
     @property
     def status(self) -> list[str | None]:
@@ -105,6 +125,17 @@ class Records:
             for chunk in chunks
         ]
         return pa.chunked_array(arrays, pa.large_string())
+
+
+def _unpack(batch: pa.RecordBatch, numbers: np.ndarray) -> Iterator[Record]:
+    ids, systems = (batch[name].to_numpy(zero_copy_only=False).tolist() for name in ("id", "system"))
+    texts = (field.to_numpy(zero_copy_only=False).tolist() for field in batch["turns"].flatten().flatten())
+    turns = list(map(Turn, *texts))
+    ends = np.cumsum(batch["turns"].value_lengths().to_numpy()).tolist()
+    begin = 0
+    for number, record_id, system, end in zip(numbers.tolist(), ids, systems, ends, strict=True):
+        yield Record(number, record_id, system, tuple(turns[begin:end]))
+        begin = end
 
 
 _TURN = pa.struct([("instruction", pa.string()), ("input", pa.string()), ("response", pa.string())])

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from miwv_fast.assembly import TokenSequence
 from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, Unit, plan_batches
 from miwv_fast.model import CausalLM, Prefixes
-from miwv_fast.templates import TokenSequence
 
 _log = logging.getLogger(__name__)
 

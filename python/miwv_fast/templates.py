@@ -1,19 +1,18 @@
-"""Records to token sequences: the templates, where the scored tokens stand, and what is cut when room is short."""
+"""Records to token sequences: the templates, and what they write around prompts and responses."""
 
 from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
 import jinja2.sandbox
-import numpy as np
 
+from miwv_fast.assembly import Layout, Prompt, Response, Slot, TokenSequence, assemble, lay_out
 from miwv_fast.records import Record, Turn
 from miwv_fast.tokens import SegmentEncoder
 
@@ -71,42 +70,16 @@ def _slot(number: int) -> str:
     return f"\ufdd0{number}\ufdd1"
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """Tokens of one forward pass and the predictions in it that are scored.
-
-    `ids` int32 [S]; the logits at position `rows[t]` predict `targets[t]`, both int32 [T], rows ascending.
-    """
-
-    ids: np.ndarray
-    rows: np.ndarray
-    targets: np.ndarray
-
-    def room(self, max_length: int | None) -> int:
-        """How many of the scored tokens stand within the first `max_length` positions."""
-        return len(self.rows) if max_length is None else int(np.searchsorted(self.rows, max_length - 1))
-
-    def cut(self, scored: int) -> TokenSequence:
-        """The same sequence with its first `scored` targets only, ending with the last row that is read."""
-        if not scored:
-            raise ValueError("a sequence without a scored token cannot be run")
-        return TokenSequence(self.ids[: self.rows[scored - 1] + 1], self.rows[:scored], self.targets[:scored])
-
-    def prefix(self, scored: int) -> TokenSequence:
-        """All tokens, as others continue them, with the first `scored` targets; none of them may be scored."""
-        return TokenSequence(self.ids, self.rows[:scored], self.targets[:scored])
-
-    def behind(self, length: int) -> TokenSequence:
-        """What follows the first `length` tokens, none of which is read for a target."""
-        return TokenSequence(self.ids[length:], self.rows - length, self.targets)
-
-
 class Template(Protocol):
-    """Turns records into token sequences."""
+    """Turns records into token sequences, one at a time, or into layouts, from which many are assembled at once.
+
+    `end_of_turn` is the token that is scored behind each scored response, None where none is.
+    """
 
     name: str
     source: str
     encoder: SegmentEncoder
+    end_of_turn: int | None
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
@@ -114,6 +87,18 @@ class Template(Protocol):
 
     def one_shot(self, demonstration: Record, record: Record) -> TokenSequence:
         """The record behind the demonstration; the scored tokens are those of `zero_shot(record)`."""
+        ...
+
+    def alone(self, record: Record) -> Layout:
+        """The layout of `zero_shot`."""
+        ...
+
+    def behind(self, demonstration: Record, record: Record) -> Layout:
+        """The layout of `one_shot`."""
+        ...
+
+    def tail(self, record: Record) -> Layout | None:
+        """What follows a demonstration's own sequence in `behind`, whatever that is; None where it depends on it."""
         ...
 
 
@@ -150,74 +135,8 @@ def load_template(
     return PairTemplate(str(template), source, encoder, include_eos)
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Text from data inside a prompt, in place of a template's slot."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A stretch that is not a response: template text (str) and data (_Slot), tokenized jointly."""
-
-    parts: tuple[str | _Slot, ...]
-
-
-@dataclass(frozen=True)
-class _Response:
-    text: str
-    scored: bool
-
-
-def _assemble(
-    segments: Iterable[_Prompt | _Response], encoder: SegmentEncoder, end_of_turn: int | None
-) -> TokenSequence:
-    """Encodes segment after segment; `end_of_turn` is scored behind each scored response unless it is None."""
-    ids: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    for segment in segments:
-        if isinstance(segment, _Prompt):
-            _append_prompt(ids, segment, encoder)
-            continue
-        if not ids:
-            raise ValueError("the template writes nothing before the response, so its first token has no prediction")
-        tokens = encoder.text(segment.text, first=False)
-        if segment.scored:
-            rows += range(len(ids) - 1, len(ids) - 1 + len(tokens))
-            targets += tokens
-        ids += tokens
-        if segment.scored and end_of_turn is not None:
-            rows.append(len(ids) - 1)
-            targets.append(end_of_turn)
-    return TokenSequence(np.array(ids, np.int32), np.array(rows, np.int32), np.array(targets, np.int32))
-
-
-def _append_prompt(ids: list[int], prompt: _Prompt, encoder: SegmentEncoder) -> None:
-    at_start = not ids
-    pieces: list[int | str] = []
-    for part in prompt.parts:
-        for piece in [part.text] if isinstance(part, _Slot) else encoder.split_controls(part):
-            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += piece
-            else:
-                pieces.append(piece)
-    if at_start:
-        bos = encoder.bos
-        ids += [] if tuple(pieces[: len(bos)]) == bos else bos
-        first = next((number for number, piece in enumerate(pieces) if isinstance(piece, str)), None)
-        at_start = first is not None and tuple(pieces[:first]) in ((), bos)
-    for piece in pieces:
-        if isinstance(piece, str):
-            ids += encoder.text(piece, first=at_start)
-            at_start = False
-        else:
-            ids.append(piece)
-
-
-def _fill(rendered: Sequence[str | int], texts: Sequence[str]) -> _Prompt:
-    return _Prompt(tuple(part if isinstance(part, str) else _Slot(texts[part]) for part in rendered))
+def _fill(rendered: Sequence[str | int], texts: Sequence[str]) -> Prompt:
+    return Prompt(tuple(part if isinstance(part, str) else Slot(texts[part]) for part in rendered))
 
 
 def _split_slots(text: str) -> list[str | int]:
@@ -262,32 +181,44 @@ class PairTemplate:
         self.name = name
         self.source = source
         self.encoder = encoder
-        self._end_of_turn = encoder.tokenizer.eos_token_id if include_eos else None
-        if include_eos and self._end_of_turn is None:
+        self.end_of_turn = encoder.tokenizer.eos_token_id if include_eos else None
+        if include_eos and self.end_of_turn is None:
             raise ValueError("include_eos=True, but the tokenizer has no end-of-sequence token")
-        self._macro, self._separator = compile_pair(name, source)
+        self._macro, separator = compile_pair(name, source)
+        self._between = Prompt((separator,))
         self._render = lru_cache(self._render_uncached)
         for has_input in (False, True):
             self._render(True, has_input)
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
-        return _assemble(self._segments(record, scored=True), self.encoder, self._end_of_turn)
+        return assemble([self.alone(record)], self.encoder).sequence(0, self.end_of_turn)
 
     def one_shot(self, demonstration: Record, record: Record) -> TokenSequence:
         """Demonstration, separator, record; the scored tokens are those of `zero_shot(record)`."""
-        separator = _Prompt((self._separator,))
-        segments = [*self._segments(demonstration, scored=False), separator, *self._segments(record, scored=True)]
-        return _assemble(segments, self.encoder, self._end_of_turn)
+        return assemble([self.behind(demonstration, record)], self.encoder).sequence(0, self.end_of_turn)
 
-    def _segments(self, record: Record, scored: bool) -> list[_Prompt | _Response]:
-        segments: list[_Prompt | _Response] = []
+    def alone(self, record: Record) -> Layout:
+        """The layout of `zero_shot`."""
+        return lay_out(self._segments(record, scored=True), self.encoder)
+
+    def behind(self, demonstration: Record, record: Record) -> Layout:
+        """The layout of `one_shot`."""
+        segments = [*self._segments(demonstration, scored=False), self._between, *self._segments(record, scored=True)]
+        return lay_out(segments, self.encoder)
+
+    def tail(self, record: Record) -> Layout:
+        """Separator and record: segments are tokenized one by one, so it is the same behind all demonstrations."""
+        return lay_out([self._between, *self._segments(record, scored=True)], self.encoder, begins=False)
+
+    def _segments(self, record: Record, scored: bool) -> list[Prompt | Response]:
+        segments: list[Prompt | Response] = []
         for turn in _with_system(record, record.turns):
             if segments:
-                segments.append(_Prompt((self._separator,)))
+                segments.append(self._between)
             rendered = self._render(bool(turn.instruction), bool(turn.input))
             segments.append(_fill(rendered, (turn.instruction, turn.input)))
-            segments.append(_Response(turn.response, scored))
+            segments.append(Response(turn.response, scored))
         return segments
 
     def _render_uncached(self, has_instruction: bool, has_input: bool) -> list[str | int]:
@@ -320,19 +251,30 @@ class ChatTemplate:
         self._render = lru_cache(self._render_uncached)
         self._system_first = self._allows("system", "user")
         self._system_later = self._allows("user", "assistant", "system", "user")
-        self._end_of_turn = self._find_end_of_turn() if include_eos else None
+        self.end_of_turn = self._find_end_of_turn() if include_eos else None
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
-        return self._sequence(self._messages(record), len(record.turns))
+        return assemble([self.alone(record)], self.encoder).sequence(0, self.end_of_turn)
 
     def one_shot(self, demonstration: Record, record: Record) -> TokenSequence:
         """The record's turns after the demonstration's; the scored tokens are those of `zero_shot(record)`.
 
         The demonstration's system text stands in front. The record's own is dropped where it is the same.
         """
+        return assemble([self.behind(demonstration, record)], self.encoder).sequence(0, self.end_of_turn)
+
+    def alone(self, record: Record) -> Layout:
+        """The layout of `zero_shot`."""
+        return self._lay_out(self._messages(record), len(record.turns))
+
+    def behind(self, demonstration: Record, record: Record) -> Layout:
+        """The layout of `one_shot`."""
         later = self._messages(record, drop_system=record.system == demonstration.system, later=True)
-        return self._sequence(self._messages(demonstration) + later, len(record.turns))
+        return self._lay_out(self._messages(demonstration) + later, len(record.turns))
+
+    def tail(self, record: Record) -> None:
+        """The template decides, of all turns together, what stands between them."""
 
     def _messages(self, record: Record, drop_system: bool = False, later: bool = False) -> list[tuple[str, str]]:
         turns, messages = record.turns, []
@@ -345,19 +287,19 @@ class ChatTemplate:
             messages += [("user", turn.prompt), ("assistant", turn.response)]
         return messages
 
-    def _sequence(self, messages: list[tuple[str, str]], scored_turns: int) -> TokenSequence:
+    def _lay_out(self, messages: list[tuple[str, str]], scored_turns: int) -> Layout:
         texts = [text for _, text in messages]
         responses = [place for place, (role, _) in enumerate(messages) if role == "assistant"]
         scored = set(responses[-scored_turns:])
-        segments: list[_Prompt | _Response] = []
+        segments: list[Prompt | Response] = []
         prompt: list[str | int] = []
         for part in [*self._render(tuple(role for role, _ in messages[:-1])), len(messages) - 1]:
             if part in responses:
-                segments += [_fill(prompt, texts), _Response(texts[part], part in scored)]
+                segments += [_fill(prompt, texts), Response(texts[part], part in scored)]
                 prompt = []
             else:
                 prompt.append(part)
-        return _assemble(segments, self.encoder, self._end_of_turn)
+        return lay_out(segments, self.encoder)
 
     def _render_uncached(self, roles: tuple[str, ...]) -> list[str | int]:
         rendered = _split_slots(self._apply(roles, add_generation_prompt=True))

@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 _log = logging.getLogger(__name__)
 
@@ -17,13 +18,15 @@ _log = logging.getLogger(__name__)
 # others are for texts that begin with a newline, and for tokenizers that do not know the newline.
 _ANCHORS = ("\n", "a", ".", "0", "\u3042")
 _BLANKS = " \t\r\n\u2581"
+_CALL_CHARACTERS = 1 << 20  # a tokenizer's result takes some 50 times the text
 
 
 class SegmentEncoder:
     """Encodes the segments of a sequence one by one, so that boundaries between them are token boundaries.
 
-    `bos` is what the tokenizer puts before every text. `text` is for data: spellings of control tokens become
-    ordinary tokens. `split_controls` is for templates: it finds the control tokens that a template writes.
+    `bos` is what the tokenizer puts before every text. `text` and `texts` are for data: spellings of control tokens
+    become ordinary tokens. `split_controls` is for templates: it finds the control tokens that a template writes.
+    `keeps_text`: a text has the same tokens wherever it stands.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,13 +44,31 @@ class SegmentEncoder:
         self._backend = _without_controls(tokenizer, self._controls)
         self._warned = False
         self.bos = self._find_bos()
-        self._keeps_text = all(
+        self.keeps_text = all(
             self._decode(self._raw(left) + self._raw(right)) == left + right
             for left, right in (("a", "b"), ("a", " b"), ("a", "\nb"), ("a\n", "b"))
         )
-        self.text = lru_cache(maxsize=1 << 17)(self._text)
 
-    def _text(self, text: str, first: bool) -> tuple[int, ...]:
+    def texts(self, texts: Sequence[str], first: bool) -> list[np.ndarray]:
+        """`text` of each, int32, many texts at a time: by all cores where the tokenizer can."""
+        if self._backend is None:
+            return [np.array(self.text(text, first), np.int32) for text in texts]
+        anchor = "" if first or self.keeps_text else _ANCHORS[0]
+        before = self._raw(anchor)
+        back = self._decode(before)
+        result = []
+        for chunk in _chunks(texts):
+            encoded = self._backend.encode_batch_fast([anchor + text for text in chunk], add_special_tokens=False)
+            tokens = [encoding.ids for encoding in encoded]
+            decoded = self._backend.decode_batch(tokens, skip_special_tokens=False) if anchor else ()
+            for place, (text, ids) in enumerate(zip(chunk, tokens, strict=True)):
+                own = ids[len(before) :]
+                kept = not anchor or (ids[: len(before)] == before and decoded[place] == back + text)
+                usual = kept and self._control_ids.isdisjoint(own)
+                result.append(np.array(own if usual else self.text(text, first), np.int32))
+        return result
+
+    def text(self, text: str, first: bool) -> list[int]:
         """Tokens of one segment; `first` says that nothing but BOS comes before it in the sequence."""
         ids = self._segment(text, first)
         if not self._control_ids.isdisjoint(ids):
@@ -58,7 +79,7 @@ class SegmentEncoder:
                 ids += self._segment(text[begin:end], first and begin == 0)
             if not self._control_ids.isdisjoint(ids):
                 raise ValueError(f"the tokenizer turns text into control tokens: {text[:60]!r}")
-        return tuple(ids)
+        return ids
 
     def split_controls(self, template_text: str) -> list[str | int]:
         """Text and control token ids, in order, of a piece of a template."""
@@ -82,7 +103,7 @@ class SegmentEncoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _segment(self, text: str, first: bool) -> list[int]:
-        if first or self._keeps_text or not text:
+        if first or self.keeps_text or not text:
             return self._raw(text)
         for anchor in _ANCHORS:
             before, both = self._raw(anchor), self._raw(anchor + text)
@@ -118,6 +139,20 @@ class SegmentEncoder:
     def _pattern(self, spelling: str) -> str:
         token = self._controls[spelling][1]
         return (r"\s*" if token.lstrip else "") + re.escape(spelling) + (r"\s*" if token.rstrip else "")
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in turn, about a million characters at a time."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CALL_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _without_controls(tokenizer: Any, controls: dict[str, Any]) -> Any:
