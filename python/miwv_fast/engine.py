@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from miwv_fast import ops
 from miwv_fast.embedding import Embedder, embed
 from miwv_fast.forest import Unit
+from miwv_fast.info import package_versions
 from miwv_fast.model import load_model
 from miwv_fast.neighbors import Neighbors, nearest
 from miwv_fast.progress import Progress
@@ -25,7 +27,8 @@ class ModelFacts:
     """What a plan and a manifest need to know of a model, without the model.
 
     `max_length` is None where the model has no limit; `shared_length` 0 where no prefix can be shared; `cache_tokens`
-    is how many tokens' keys and values a unit may keep.
+    is how many tokens' keys and values a unit may keep. `kernels` is the instruction set of the CPU kernels, `versions`
+    those of the packages that the model runs on.
     """
 
     name: str
@@ -35,6 +38,8 @@ class ModelFacts:
     shared_length: int
     batch_tokens: int
     cache_tokens: int
+    kernels: str
+    versions: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,15 @@ class Engine(Protocol):
 
     def run(
         self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
-    ) -> Iterator[Done]:
+    ) -> Generator[Done]:
         """Runs units, finished ones in any order; `advance` is called with the tokens of what was forwarded.
 
         The caller may stop asking for more at any time.
         """
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds beyond memory."""
         ...
 
 
@@ -96,7 +105,12 @@ class LocalEngine:
             lm.shared_length,
             self._runner.batch_tokens,
             self._runner.cache_tokens(),
+            str(ops.build_info()["isa"]),
+            package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers")),
         )
+
+    def close(self) -> None:
+        """Holds nothing beyond memory."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and of every weight as it is in memory, hexadecimal."""
@@ -112,7 +126,7 @@ class LocalEngine:
 
     def run(
         self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
-    ) -> Iterator[Done]:
+    ) -> Generator[Done]:
         """Runs units in their order, each when it is asked for."""
         for number, unit in units:
             since = time.perf_counter()

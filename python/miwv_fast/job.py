@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -192,12 +193,13 @@ class Job:
             left_units = [(number, unit) for number, unit in enumerate(units) if number not in finished]
             if left_units and stopping():
                 raise Interrupted(f"stopped after {len(finished)} of {len(units)} units")
-            for count, done in enumerate(engine.run(left_units, self, advance), len(finished) + 1):
-                if run is not None:
-                    run.save_part(done.number, done.result, done.seconds)
-                self._take(done.result)
-                if stopping() and count < len(units):
-                    raise Interrupted(f"stopped after {count} of {len(units)} units")
+            with closing(engine.run(left_units, self, advance)) as results:
+                for count, done in enumerate(results, len(finished) + 1):
+                    if run is not None:
+                        run.save_part(done.number, done.result, done.seconds)
+                    self._take(done.result)
+                    if stopping() and count < len(units):
+                        raise Interrupted(f"stopped after {count} of {len(units)} units")
         self.stats["scoring_seconds"] = time.perf_counter() - begin
         finite = np.isfinite(self.nll_zero) & (np.isfinite(self.nll_one) | (self.one_length == 0)).all(axis=1)
         self._set(left & ~finite, "non_finite")

@@ -231,9 +231,7 @@ def load_model(
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
         loaded, own_tokenizer = model
         if isinstance(tokenizer, str | Path):
-            from transformers import AutoTokenizer
-
-            tokenizer = _load(AutoTokenizer, "tokenizer", *_locate(tokenizer))
+            tokenizer = load_tokenizer(tokenizer)
         if device != "auto":
             loaded = loaded.to(target)
         if dtype != "auto":
@@ -242,15 +240,22 @@ def load_model(
     if not isinstance(model, str | Path):
         raise TypeError(f"model should be a name, a path or a (model, tokenizer) pair, it is {type(model).__name__}")
     folder, extra = _locate(model)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    if tokenizer is None or isinstance(tokenizer, str | Path):
-        place, options = (folder, extra) if tokenizer is None else _locate(tokenizer)
-        tokenizer = _load(AutoTokenizer, "tokenizer", place, options)
+    tokenizer = load_tokenizer(model, tokenizer)
     # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
     safe = extra or {"use_safetensors": True}
     loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen})
     return CausalLM(loaded.to(target), tokenizer, str(model))
+
+
+def load_tokenizer(model: str | Path, tokenizer: Any = None) -> Any:
+    """The tokenizer given, by name or as it is, otherwise the model's own. Raises as `load_model` does."""
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, "tokenizer", *_locate(model if tokenizer is None else tokenizer))
 
 
 def choose_device(device: str) -> str:

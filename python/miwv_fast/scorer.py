@@ -8,21 +8,20 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from miwv_fast import ops
 from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embedder, check_embeddings
 from miwv_fast.engine import Engine, LocalEngine, ModelFacts
-from miwv_fast.info import package_versions
+from miwv_fast.extras import import_extra
 from miwv_fast.job import Job
 from miwv_fast.model import choose_device, choose_dtype
 from miwv_fast.progress import Progress
-from miwv_fast.records import read_records
+from miwv_fast.records import Records, read_records
 from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
 from miwv_fast.store import Run
@@ -50,6 +49,10 @@ def score(
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool | Literal["auto"] = "auto",
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
 ) -> Scores:
     """Scores every record by its Model Instruction Weakness Value: one-shot minus zero-shot mean response loss.
 
@@ -76,6 +79,13 @@ def score(
         resume: Whether to continue the run that `output` holds; it must be the same in everything that can change a
             score. Otherwise the old run is moved aside and a new one begins.
         progress: Whether to show progress bars; `auto` shows them on a terminal.
+        engine: `local` runs the model in this process; `ray` runs it on many GPUs and machines, with the same scores.
+        ray_address: A running Ray cluster, `auto` or `HOST:PORT`; by default one of this machine alone is started. A
+            session that this process has already is used and left alive.
+        workers: How many copies of the model run; by default as many as the GPUs of the cluster allow, without GPUs one
+            per machine.
+        gpus_per_worker: GPUs of each worker, by default 1 where there are any. With more than 1 the model is spread
+            over them.
 
     Returns:
         The scores, a row per input record. Losses are in nats per token, higher MIWV is better.
@@ -89,16 +99,60 @@ def score(
     """
     # What can be checked without the model is checked before it is loaded.
     _check_arguments(neighbors, max_length, batch_tokens)
+    _check_engine(engine, model, device, ray_address, workers, gpus_per_worker)
     bars = Progress(progress)
     if output is not None and Path(output).is_file():
         raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
-    choose_dtype(dtype, choose_device(device))
+    choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
     if output is None or not (Path(output) / "neighbors.parquet").exists():
         check_embedder(embedder)
     source = open_source(data)
     records = read_records(source)
-    engine = LocalEngine(model, tokenizer, device, dtype, None if batch_tokens == "auto" else batch_tokens)
+    budget = None if batch_tokens == "auto" else batch_tokens
+    if isinstance(model, tuple) or engine == "local":
+        opened: Engine = LocalEngine(model, tokenizer, device, dtype, budget)
+    else:
+        from miwv_fast.ray_engine import RayEngine
+
+        opened = RayEngine(
+            *(model, tokenizer, device, dtype, budget),
+            address=ray_address,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+        )
+    with closing(opened):
+        return _score_on(
+            opened,
+            source,
+            records,
+            embedder=embedder,
+            template=template,
+            neighbors=neighbors,
+            include_eos=include_eos,
+            max_length=max_length,
+            share_prefix=share_prefix,
+            output=output,
+            resume=resume,
+            bars=bars,
+        )
+
+
+def _score_on(
+    engine: Engine,
+    source: Source,
+    records: Records,
+    *,
+    embedder: Embedder,
+    template: str | Path,
+    neighbors: int,
+    include_eos: bool,
+    max_length: int | None,
+    share_prefix: bool,
+    output: str | os.PathLike[str] | None,
+    resume: bool,
+    bars: Progress,
+) -> Scores:
     facts = engine.facts
     layout = load_template(template, engine.tokenizer, include_eos)
     limit = _choose_limit(max_length, facts)
@@ -116,8 +170,8 @@ def score(
         "share_prefix": share_prefix,
         "device": torch.device(facts.device).type,
         "dtype": facts.dtype,
-        "versions": package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers")),
-        "kernels": ops.build_info()["isa"],
+        "versions": facts.versions,
+        "kernels": facts.kernels,
     }
     job = Job.start(records, layout, limit, neighbors)
     # Nothing is written for data that cannot be scored.
@@ -216,6 +270,35 @@ def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int |
             raise TypeError(f"{name} should be a whole number, it is {value!r}")
         if value < least:
             raise ValueError(f"{name} should be at least {least}, it is {value}")
+
+
+def _check_engine(
+    engine: str,
+    model: object,
+    device: str,
+    address: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
+) -> None:
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine should be 'local' or 'ray', it is {engine!r}")
+    given = {"ray_address": address, "workers": workers, "gpus_per_worker": gpus_per_worker}
+    if engine == "local":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is for engine='ray', the engine is 'local'")
+        return
+    import_extra("ray.data", "ray")
+    if not isinstance(model, str | Path):
+        raise TypeError("engine='ray' loads the model on every worker: give its name or folder, not a loaded pair")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"engine='ray' gives each worker its own GPUs: device should be auto, cpu or cuda, not {device}"
+        )
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers should be a whole number of at least 1, it is {workers!r}")
+    if gpus_per_worker is not None and not (gpus_per_worker == int(gpus_per_worker) or 0 < gpus_per_worker < 1):
+        raise ValueError(f"gpus_per_worker should be a whole number or a share below 1, it is {gpus_per_worker}")
 
 
 def _choose_limit(max_length: int | None, facts: ModelFacts) -> int | None:

@@ -1,0 +1,123 @@
+"""The Ray session that a run uses: found or started, how many workers fit into it, and how quiet it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.data.context import DataContext
+
+_log = logging.getLogger(__name__)
+_NOISY = ("ray", "ray.data")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray session and the workers that a stage gets in it.
+
+    `own`: it was started or joined here, and is left when the run ends.
+    """
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    own: bool
+    verbose: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads that a worker computes with on a CPU."""
+        return max(1, int(self.cpus_per_worker))
+
+    @contextmanager
+    def data_context(self) -> Iterator[None]:
+        """Ray Data's settings for a stage; those of the caller are as before afterwards."""
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = context.print_on_execution_start = self.verbose
+        context.enable_auto_log_stats = False
+        # A machine may die while its actors load the model.
+        context.max_consecutive_actor_init_deaths = 10
+        with DataContext.current(context):
+            yield
+
+    def close(self) -> None:
+        """Leaves the session if it was entered here."""
+        if self.own:
+            ray.shutdown()
+
+
+def connect(address: str | None, workers: int | None, gpus_per_worker: float | None) -> Cluster:
+    """The session that there is, otherwise the cluster at `address`, otherwise one of this machine alone.
+
+    `workers` None: one per GPU of the cluster (per `gpus_per_worker` of them), without GPUs one per machine.
+    Raises ValueError if the address cannot be reached or the cluster has not the GPUs or processors asked for.
+    """
+    verbose = _log.isEnabledFor(logging.INFO)
+    own = not ray.is_initialized()
+    if own:
+        _start(address, verbose)
+    elif address is not None:
+        _log.warning("using the Ray session that this process already has, not %s", address)
+    if not verbose:
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return _share(nodes, workers, gpus_per_worker, own, verbose)
+    except BaseException:
+        if own:
+            ray.shutdown()
+        raise
+
+
+def _start(address: str | None, verbose: bool) -> None:
+    if address is not None and address.startswith("ray://"):
+        raise ValueError(
+            f"ray_address {address}: Ray Client is not supported; start this on a machine of the cluster and give "
+            "auto, or HOST:PORT"
+        )
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")):
+        os.environ.setdefault(name, value)
+    level = logging.INFO if verbose else logging.ERROR
+    options = {} if address else {"include_dashboard": False, "address": "local"}
+    try:
+        ray.init(**{"address": address, "log_to_driver": verbose, "logging_level": level, **options})
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cannot reach a Ray cluster at {address!r}: {reason}; is it running (ray status), and is this a machine "
+            "of it?"
+            if address
+            else f"cannot start Ray on this machine: {reason}"
+        ) from error
+
+
+def _share(
+    nodes: list[dict[str, float]], workers: int | None, gpus_per_worker: float | None, own: bool, verbose: bool
+) -> Cluster:
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    share = (1.0 if sum(gpus) else 0.0) if gpus_per_worker is None else float(gpus_per_worker)
+    if share:
+        fit = sum(int(count / share) for count in gpus)
+        if not fit:
+            raise ValueError(f"no machine of the Ray cluster has {share:g} GPUs; they have {_counts(gpus)}")
+        if workers is not None and workers > fit:
+            raise ValueError(f"{workers} workers with {share:g} GPUs each: the Ray cluster has room for {fit}")
+        return Cluster(workers or fit, 0.0, share, own, verbose)
+    if not sum(cpus):
+        raise ValueError("the Ray cluster has neither GPUs nor processors")
+    count = workers or sum(1 for each in cpus if each >= 1)
+    # Whole processors, as many as let every worker find its place.
+    for each in range(int(max(cpus)), 0, -1):
+        if sum(int(room) // each for room in cpus) >= count:
+            return Cluster(count, float(each), 0.0, own, verbose)
+    raise ValueError(f"{count} workers: the Ray cluster has {sum(cpus):g} processors, {_counts(cpus)}")
+
+
+def _counts(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or "none"

@@ -1,0 +1,96 @@
+"""Many GPUs and many machines: the same units of the plan, run by a pool of Ray Data's actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from miwv_fast.embedding import Embedder, embed
+from miwv_fast.engine import Done
+from miwv_fast.forest import Unit
+from miwv_fast.model import load_tokenizer
+from miwv_fast.neighbors import Neighbors, nearest
+from miwv_fast.packing import pack, unpack_result
+from miwv_fast.progress import Progress
+from miwv_fast.ray_cluster import connect
+from miwv_fast.ray_stage import run_stage
+from miwv_fast.ray_worker import ModelChoice, Score, describe
+from miwv_fast.runner import Sequences
+
+_STAGE_TABLES = 4096
+
+
+class RayEngine:
+    """Workers with a model each, on a Ray cluster; this process has the tokenizer and needs neither GPU nor weights."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: Any,
+        device: str,
+        dtype: str | torch.dtype,
+        batch_tokens: int | None,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        gpus_per_worker: float | None = None,
+    ) -> None:
+        self.tokenizer = load_tokenizer(model, tokenizer)
+        self._cluster = connect(address, workers, 0.0 if device == "cpu" else gpus_per_worker)
+        self._choice = ModelChoice(
+            str(model), device, dtype, batch_tokens, self._cluster.gpus_per_worker, self._cluster.threads
+        )
+        try:
+            self.facts, self._fingerprint = self._on_a_worker(describe, self._choice)
+        except BaseException:
+            self.close()
+            raise
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's configuration and weights as they are on the workers, hexadecimal."""
+        return str(self._fingerprint)
+
+    def close(self) -> None:
+        """Leaves the Ray session, unless it was the caller's."""
+        self._cluster.close()
+
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+        """Embeddings float32 [N, D] of `texts`."""
+        return embed(texts, embedder, "cpu", bars)
+
+    def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
+        """The k nearest scorable records of each."""
+        return nearest(embeddings, scorable, k, "cpu", bars)
+
+    def run(
+        self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
+    ) -> Generator[Done]:
+        """Runs units on the workers, finished ones in any order; they are packed when there is room for them."""
+        left = list(units)
+        # Ray Data keeps a note of each table of a stage: there are never more than a few thousand.
+        size = max(1, len(left) // _STAGE_TABLES)
+        chunks = [left[begin : begin + size] for begin in range(0, len(left), size)]
+        tables = (pa.concat_tables([pack(number, unit, sequences) for number, unit in chunk]) for chunk in chunks)
+        task = Score(self._choice, self.facts, self._fingerprint)
+        with closing(run_stage(self._cluster, task, tables, len(chunks))) as answers:
+            for answer in answers:
+                for row in range(len(answer.table)):
+                    number, result, seconds = unpack_result(answer.table, row)
+                    advance(result.forwarded_tokens)
+                    yield Done(number, result, seconds)
+
+    def _on_a_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        resources = {"num_cpus": self._cluster.cpus_per_worker, "num_gpus": self._cluster.gpus_per_worker}
+        try:
+            return ray.get(ray.remote(**resources)(function).remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
+                raise type(error.cause)(f"on a worker: {error.cause}") from None
+            raise

@@ -1,0 +1,69 @@
+"""What a worker does in each stage: loads a model once, and checks that it is the one that the run was planned with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from miwv_fast.engine import LocalEngine, ModelFacts
+from miwv_fast.packing import PackedUnit, pack_result
+
+_NO_TOKENIZER = object()  # sequences come as tokens
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """How a worker loads the model."""
+
+    model: str
+    device: str
+    dtype: Any
+    batch_tokens: int | None
+    gpus: float
+    threads: int
+
+    def load(self) -> LocalEngine:
+        """The model in this process."""
+        torch.set_num_threads(self.threads)
+        return LocalEngine(self.model, _NO_TOKENIZER, self.device, self.dtype, self.batch_tokens)
+
+
+def describe(choice: ModelChoice) -> tuple[ModelFacts, str]:
+    """What a model's facts and its fingerprint are on the machine where this runs."""
+    engine = choice.load()
+    return engine.facts, engine.fingerprint()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Runs units; refuses to where the model is not the one that the run was planned with."""
+
+    choice: ModelChoice
+    facts: ModelFacts
+    fingerprint: str
+
+    def start(self) -> Callable[[pa.Table], pa.Table]:
+        """Loads the model. Raises ValueError naming what differs and both sides."""
+        engine = self.choice.load()
+        expected = {**asdict(self.facts), "weights": self.fingerprint}
+        found = {**asdict(engine.facts), "weights": engine.fingerprint()}
+        differing = [name for name in expected if expected[name] != found[name]]
+        if differing:
+            lines = ", ".join(f"{name} {found[name]} here, {expected[name]} on the first worker" for name in differing)
+            raise ValueError(f"this machine differs: {lines}; every machine needs the same model and versions")
+
+        def work(table: pa.Table) -> pa.Table:
+            results = []
+            for row in range(len(table)):
+                packed = PackedUnit(table, row)
+                since = time.perf_counter()
+                done = next(iter(engine.run([(packed.number, packed.unit)], packed, lambda _: None)))
+                results.append(pack_result(packed.number, done.result, time.perf_counter() - since))
+            return pa.concat_tables(results)
+
+        return work
