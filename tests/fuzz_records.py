@@ -93,7 +93,7 @@ def check_file(path: Path, content: bytes) -> None:
         assert str(path) in str(error), error
         return
     assert rows is not None and len(records) == len(rows)
-    statuses = records.status
+    statuses = records.status.to_pylist()
     assert sum(status == "malformed" for status in statuses) == len(records.rejections)
     for rejection in records.rejections:
         assert rejection.reason and rejection.location.startswith(str(path)) and statuses[rejection.index]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miwv_fast.records import MalformedRecord, Turn, parse_record, read_records
+from miwv_fast import records as records_module
+from miwv_fast.records import MalformedRecord, Record, Turn, parse_record, read_records
+from miwv_fast.rejections import Rejection, Rejections
 from miwv_fast.sources import open_source
 
 
@@ -117,11 +120,43 @@ def test_statuses_and_rejections_keep_their_places(tmp_path: Path):
     )
     records = read_records(open_source(path))
     expected = [None, "empty_instruction", "empty_response", "malformed", "malformed", "empty_response", None]
-    assert records.status == expected
+    assert records.status.to_pylist() == expected
     assert [(r.index, r.location.rpartition(":")[2]) for r in records.rejections] == [(3, "5"), (4, "6")]
     assert "not JSON" in records.rejections[0].reason and records.rejections[0].row == "not json"
     assert records[6].id == "last" and records[6].turns == (Turn("c", "", "d"),)
     assert records.ids().to_pylist() == [None] * 6 + ["last"]
+
+
+@given(st.lists(st.tuples(st.text(), st.text(), st.text(), st.integers(0, 3)), min_size=1, max_size=12), st.data())
+def test_many_at_once_are_what_each_is(texts, data):
+    """Records that are taken in any order, and the texts that are embedded, over several batches of Arrow."""
+    rows = [
+        {"id": a, "messages": messages(("system", c), *(("user", b), ("assistant", a)) * turns)}
+        if turns
+        else {"instruction": a, "input": b, "output": c}
+        for a, b, c, turns in texts
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records_module, "_BATCH_RECORDS", 3)
+        records = read_records(open_source([*rows, {"instruction": "the last", "output": "x"}, 3]))
+    expected = [parse_record(row, number) for number, row in enumerate(rows)]
+    numbers = data.draw(st.lists(st.integers(0, len(rows) - 1)))
+    assert records.take(np.array(numbers, np.int64)) == [expected[number] for number in numbers]
+    assert records.take(np.array([len(rows) + 1])) == [Record(len(rows) + 1, None, "", ())]
+    wanted = np.array([*data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))), True, False])
+    embedded = [record.embedded_text for record in expected] + ["the last"]
+    assert records.embedded_texts(wanted).to_pylist() == [
+        text if wanted[number] else None for number, text in enumerate([*embedded, None])
+    ]
+
+
+@given(st.lists(st.builds(Rejection, st.integers(0, 2**40), *[st.text(st.characters())] * 3)))
+def test_rejections_come_back_as_they_were(rejections):
+    """Lone surrogates included: they stand for the bytes of a file's name."""
+    kept = Rejections(rejections)
+    assert list(kept) == rejections and len(kept) == len(rejections)
+    with pytest.raises(IndexError):
+        kept[len(rejections)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.corpus import Corpus, count_scored, cut_lengths, tokenize, tokenize_behind
@@ -17,7 +18,8 @@ from miwv_fast.errors import Interrupted
 from miwv_fast.forest import forwarded_tokens, plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
-from miwv_fast.records import Records, Rejection
+from miwv_fast.records import Records
+from miwv_fast.rejections import Rejection, Rejections
 from miwv_fast.runner import UnitResult
 from miwv_fast.scores import MULTI_SCHEMA, SCHEMA, STATUSES
 from miwv_fast.sources import Source
@@ -40,7 +42,7 @@ class Job:
     max_length: int | None
     status: np.ndarray  # int8 [N], places in STATUSES; `ok` until something speaks against it
     corpus: Corpus | None
-    rejections: list[Rejection]
+    rejections: Rejections
     scored_tokens: np.ndarray  # int32 [N], equal in all passes of a record
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
     one_length: np.ndarray  # int32 [N, k], 0 where the demonstration leaves no room
@@ -59,9 +61,9 @@ class Job:
             records=records,
             template=template,
             max_length=max_length,
-            status=np.array([STATUSES.index(status or "ok") for status in records.status], np.int8),
+            status=pc.index_in(records.status, pa.array(STATUSES)).fill_null(_OK).to_numpy().astype(np.int8),
             corpus=None,
-            rejections=list(records.rejections),
+            rejections=Rejections(records.rejections),
             scored_tokens=np.zeros(n, np.int32),
             zero_length=np.zeros(n, np.int32),
             one_length=np.zeros((n, k), np.int32),

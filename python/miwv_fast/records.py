@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from miwv_fast.formats import Row
+from miwv_fast.rejections import Rejection, Rejections
 from miwv_fast.sources import Source
 
 # Characters of a malformed row that its rejection keeps; the row itself stays where it came from.
@@ -66,16 +68,6 @@ _NOTHING = Record(-1, None, "", ())
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """A row that could not be read as a record: where it stood, what was wrong, and the row itself."""
-
-    index: int
-    location: str
-    reason: str
-    row: str
-
-
-@dataclass(frozen=True)
 class Records:
     """All records of a run, held as Arrow columns (text size, no Python objects), in input order.
 
@@ -83,7 +75,7 @@ class Records:
     """
 
     table: pa.Table
-    rejections: list[Rejection] = field(default_factory=list)
+    rejections: Rejections = field(default_factory=Rejections)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -109,9 +101,9 @@ class Records:
         return list(self.table.to_batches())
 
     @property
-    def status(self) -> list[str | None]:
-        """For each record None if it can be scored, otherwise `malformed`, `empty_instruction` or `empty_response`."""
-        return list(self.table["status"].to_pylist())
+    def status(self) -> pa.ChunkedArray:
+        """For each record null if it can be scored, otherwise `malformed`, `empty_instruction` or `empty_response`."""
+        return self.table["status"].cast(pa.string())
 
     def ids(self) -> pa.ChunkedArray:
         """The records' own ids, null where a record has none."""
@@ -119,12 +111,23 @@ class Records:
 
     def embedded_texts(self, wanted: np.ndarray) -> pa.ChunkedArray:
         """`Record.embedded_text` of each record as large_string [N], null where `wanted`, bool [N], is not set."""
-        chunks = (range(begin, min(begin + _BATCH_RECORDS, len(self))) for begin in range(0, len(self), _BATCH_RECORDS))
+        begins = np.cumsum([0, *(len(batch) for batch in self._batches)])
         arrays = [
-            pa.array([self[i].embedded_text if wanted[i] else None for i in chunk], pa.large_string())
-            for chunk in chunks
+            pc.if_else(
+                pa.array(wanted[begin : begin + len(batch)]), _embedded_texts(batch), pa.scalar(None, pa.string())
+            )
+            for begin, batch in zip(begins.tolist(), self._batches, strict=False)
         ]
-        return pa.chunked_array(arrays, pa.large_string())
+        return pa.chunked_array(arrays, pa.string()).cast(pa.large_string())
+
+
+def _embedded_texts(batch: pa.RecordBatch) -> pa.StringArray:
+    """`Record.embedded_text` of each record."""
+    instruction, input, _ = batch["turns"].flatten().flatten()
+    both = pc.binary_join_element_wise(instruction, input, "\n")
+    prompts = pc.if_else(pc.equal(input, ""), instruction, both)
+    ends = np.cumsum([0, *batch["turns"].value_lengths().to_pylist()])
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), prompts), "\n")
 
 
 def _unpack(batch: pa.RecordBatch, numbers: np.ndarray) -> Iterator[Record]:
@@ -149,7 +152,7 @@ def read_records(source: Source) -> Records:
     Of a malformed row's text its rejection keeps 65,536 characters. Raises ValueError if the source has no rows at all
     or none of them is a record.
     """
-    rejections: list[Rejection] = []
+    rejections = Rejections()
     table = pa.Table.from_batches(_read_batches(source, rejections), schema=_SCHEMA)
     if not len(table):
         raise ValueError(f"{source.name} has no records")
@@ -159,8 +162,8 @@ def read_records(source: Source) -> Records:
     return Records(table, rejections)
 
 
-def _read_batches(source: Source, rejections: list[Rejection]) -> Iterator[pa.RecordBatch]:
-    pending: list[dict[str, Any]] = []
+def _read_batches(source: Source, rejections: Rejections) -> Iterator[pa.RecordBatch]:
+    pending: list[tuple[Record, str | None]] = []
     size = 0
     for index, row in enumerate(source.rows()):
         try:
@@ -169,14 +172,27 @@ def _read_batches(source: Source, rejections: list[Rejection]) -> Iterator[pa.Re
         except MalformedRecord as error:
             record, status = Record(index, None, "", ()), "malformed"
             rejections.append(Rejection(index, row.location, str(error), _shorten(row.text(), _KEPT_CHARACTERS)))
-        turns = [{"instruction": t.instruction, "input": t.input, "response": t.response} for t in record.turns]
-        pending.append({"id": record.id, "system": record.system, "turns": turns, "status": status})
-        size += len(record.id or "") + len(record.system) + sum(len(t.prompt) + len(t.response) for t in record.turns)
+        pending.append((record, status))
+        size += len(record.id or "") + len(record.system)
+        size += sum(len(turn.instruction) + len(turn.input) + len(turn.response) for turn in record.turns)
         if len(pending) == _BATCH_RECORDS or size > _BATCH_CHARACTERS:
-            yield pa.RecordBatch.from_pylist(pending, schema=_SCHEMA)
+            yield _pack(pending)
             pending, size = [], 0
     if pending:
-        yield pa.RecordBatch.from_pylist(pending, schema=_SCHEMA)
+        yield _pack(pending)
+
+
+def _pack(records: list[tuple[Record, str | None]]) -> pa.RecordBatch:
+    turns = [turn for record, _ in records for turn in record.turns]
+    texts = [pa.array([getattr(turn, name) for turn in turns], pa.string()) for name in _TURN.names]
+    ends = np.cumsum([0, *(len(record.turns) for record, _ in records)])
+    columns = [
+        pa.array([record.id for record, _ in records], pa.string()),
+        pa.array([record.system for record, _ in records], pa.string()),
+        pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.StructArray.from_arrays(texts, fields=list(_TURN))),
+        pa.array([status for _, status in records], _STATUS),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def parse_record(value: object, index: int = 0) -> Record:

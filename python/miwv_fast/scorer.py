@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import signal
@@ -201,7 +202,7 @@ def _score(
     if run is not None:
         run.save_source(source)
         run.save_rejections(job.rejections)
-    for rejection in job.rejections[:_SHOWN_REJECTIONS]:
+    for rejection in itertools.islice(job.rejections, _SHOWN_REJECTIONS):
         _log.warning("%s: %s", rejection.location, rejection.reason)
     if len(job.rejections) > _SHOWN_REJECTIONS:
         _log.warning("... and %d more malformed records", len(job.rejections) - _SHOWN_REJECTIONS)

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast.neighbors import Neighbors
-from miwv_fast.records import Rejection
+from miwv_fast.rejections import Rejection
 from miwv_fast.runner import UnitResult
 from miwv_fast.scores import Scores, write_atomically, write_jsonl
 from miwv_fast.sources import Source

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -48,6 +49,7 @@ class SegmentEncoder:
             self._decode(self._raw(left) + self._raw(right)) == left + right
             for left, right in (("a", "b"), ("a", " b"), ("a", "\nb"), ("a\n", "b"))
         )
+        self.split_controls = lru_cache(maxsize=1024)(self._split_controls)
 
     def texts(self, texts: Sequence[str], first: bool) -> list[np.ndarray]:
         """`text` of each, int32, many texts at a time: by all cores where the tokenizer can."""
@@ -81,7 +83,7 @@ class SegmentEncoder:
                 raise ValueError(f"the tokenizer turns text into control tokens: {text[:60]!r}")
         return ids
 
-    def split_controls(self, template_text: str) -> list[str | int]:
+    def _split_controls(self, template_text: str) -> tuple[str | int, ...]:
         """Text and control token ids, in order, of a piece of a template."""
         parts: list[str | int] = []
         end = 0
@@ -90,7 +92,7 @@ class SegmentEncoder:
             assert spelling is not None
             parts += [template_text[end : match.start()], self._controls[spelling.group()][0]]
             end = match.end()
-        return [part for part in [*parts, template_text[end:]] if part != ""]
+        return tuple(part for part in [*parts, template_text[end:]] if part != "")
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's vocabulary, merges, added tokens and rules, hexadecimal."""
