@@ -45,7 +45,7 @@ def test_matches_brute_force(seed, n, dimensions, k, block):
     embeddings[generator.random(n) < 0.05] = np.nan
     candidates = generator.random(n) < 0.9
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "_BLOCK_ELEMENTS", block)
+        patch.setattr(neighbors, "BLOCK_ELEMENTS", block)
         found = nearest(embeddings, candidates, k, "cpu", QUIET)
     index, similarity = reference(embeddings, candidates, k)
     assert found.index.tolist() == index

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import miwv_fast
-from miwv_fast import job
+from miwv_fast import job, neighbors
 from miwv_fast.errors import Interrupted
 from miwv_fast.runner import Runner
 from miwv_fast.store import run_status
@@ -279,3 +279,20 @@ def test_the_result_does_not_say_how_it_came_about(folder):
     told = run_status(folder / "undisturbed")
     assert told["finished"] and told["units_done"] == told["units"] and told["tokens_done"] == told["tokens"]
     assert list(told["rejected"].values()) == [1]
+
+
+def test_recall_of_an_approximate_search_is_kept(folder, monkeypatch):
+    """It is in the manifest and in what `status` tells, and goes on with the run."""
+    pytest.importorskip("faiss")
+    monkeypatch.setitem(neighbors.APPROXIMATE_ABOVE, "cpu", 10)
+    first = score(folder, "approximate").stats["neighbor_recall"]
+    assert 0 < first <= 1 and run_status(folder / "approximate")["neighbor_recall"] == first
+    (folder / "approximate" / "scores.parquet").unlink()
+    monkeypatch.setitem(neighbors.APPROXIMATE_ABOVE, "cpu", 10**6)  # a new search would be exact
+    again = score(folder, "approximate")
+    assert (
+        again.stats["neighbor_recall"]
+        == first
+        == miwv_fast.load_scores(folder / "approximate").manifest["neighbor_recall"]
+    )
+    assert run_status(folder / "undisturbed")["neighbor_recall"] is None

@@ -228,6 +228,8 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     if told["tokens_per_second"]:
         left = "" if told["finished"] or told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"
         typer.echo(f"{told['tokens_per_second']:.0f} tokens/s{left}")
+    if told["neighbor_recall"] is not None:
+        typer.echo(f"neighbours by approximate search: {told['neighbor_recall']:.1%} of a sample's are the nearest")
     typer.echo(f"{sum(told['rejected'].values())} records rejected")
     for reason, count in list(told["rejected"].items())[:10]:
         typer.echo(f"  {count}: {reason}")

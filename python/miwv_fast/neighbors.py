@@ -16,7 +16,7 @@ from miwv_fast.progress import Progress
 TIE = 1e-6
 # Above this many distinct embeddings an index is asked. N² D operations: an hour at a million records on two cores.
 APPROXIMATE_ABOVE = {"cpu": 200_000, "cuda": 4_000_000}
-_BLOCK_ELEMENTS = 1 << 26  # similarities held at a time: 256 MiB of float32
+BLOCK_ELEMENTS = 1 << 26  # similarities held at a time: 256 MiB of float32
 _BLOCK_ROWS = 8192
 
 _log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str,
     ties go to the lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's.
 
     Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
-    embeddings is a copy of them and 256 MiB. Above, an index of FAISS finds candidates, where it is installed, and
-    `recall` says how many of the nearest it found.
+    embeddings is a copy of them and 256 MiB. Above, where FAISS is installed, its k-means divides them into cells,
+    those of the nearest cells are compared, and `recall` says how many of the nearest were found.
     """
     n = len(embeddings)
     result = Neighbors.none(n, k)
@@ -100,7 +100,7 @@ def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str,
 def exact_near(groups: Groups, wanted: np.ndarray, k: int, device: str, progress: Progress) -> Iterator[Near]:
     """The k most similar other groups of the wanted ones, and their ties, block by block."""
     unit = torch.from_numpy(groups.unit(np.arange(len(groups)))).to(device)
-    block = max(1, _BLOCK_ELEMENTS // len(groups))
+    block = max(1, BLOCK_ELEMENTS // len(groups))
     begun = time.perf_counter()
     with progress.task("neighbours", len(wanted), "records") as advance:
         for begin in range(0, len(wanted), block):

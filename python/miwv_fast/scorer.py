@@ -216,6 +216,8 @@ def _score(
         else:
             run.save_neighbors(embeddings, found)
     job.neighbors = found
+    if found.recall is not None:
+        job.stats["neighbor_recall"] = found.recall
     job.measure_one_shot(bars, engine.facts.shared_length if share_prefix else 0)
     if run is None:
         job.run(engine, bars)

@@ -87,7 +87,8 @@ class Run:
             return
         old = json.loads(path.read_text(encoding="utf-8"))
         if "neighbor_table" in old:
-            self.manifest["neighbor_table"] = old["neighbor_table"]
+            found = ("neighbor_table", "neighbor_recall")
+            self.manifest.update({name: old[name] for name in found if name in old})
         elif not any((self.folder / "parts").glob("*.parquet")):
             # Nothing was computed yet: somebody mended the call that failed.
             self._write_manifest()
@@ -115,7 +116,8 @@ class Run:
             return None
         table = _read_table(content)
         columns = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names]
-        return Neighbors(columns[0].reshape(records, k), columns[1].reshape(records, k))
+        recall = self.manifest.get("neighbor_recall")
+        return Neighbors(columns[0].reshape(records, k), columns[1].reshape(records, k), recall)
 
     def save_neighbors(self, embeddings: np.ndarray, neighbors: Neighbors) -> None:
         """Keeps embeddings float32 [N, D] and neighbours."""
@@ -129,6 +131,7 @@ class Run:
         content = sink.getvalue().to_pybytes()
         write_atomically(self.folder / "neighbors.parquet", lambda out: out.write_bytes(content))
         self.manifest["neighbor_table"] = hashlib.sha256(content).hexdigest()
+        self.manifest["neighbor_recall"] = neighbors.recall
         self._write_manifest()
 
     def save_plan(self, units: int, tokens: int) -> None:
@@ -200,12 +203,14 @@ def read_parts(folder: Path) -> Iterator[Part]:
 
 
 def run_status(folder: Path) -> dict[str, Any]:
-    """How far a run is: units and tokens done and in all, tokens per second, seconds left, rejected records by reason.
+    """How far a run is: units and tokens done and in all, tokens per second, seconds left, rejected records by reason,
+    and `neighbor_recall`, None where the neighbours are exact or not yet found.
 
     Raises FileNotFoundError if there is no run in the folder.
     """
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"no run at {folder}: it has no manifest.json")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     plan_path = folder / "plan.json"
     plan = json.loads(plan_path.read_text()) if plan_path.exists() else {"units": None, "tokens": None}
     parts = [part for part in read_parts(folder) if part.result is not None]
@@ -227,6 +232,7 @@ def run_status(folder: Path) -> dict[str, Any]:
         "tokens": plan["tokens"],
         "tokens_per_second": rate,
         "seconds_left": (plan["tokens"] - tokens) / rate if rate and plan["tokens"] is not None else None,
+        "neighbor_recall": manifest.get("neighbor_recall"),
         "written_by": _holder(folder),
         "rejected": dict(sorted(reasons.items(), key=lambda pair: -pair[1])),
     }
