@@ -59,7 +59,9 @@ def score(
         list[str], typer.Argument(help="JSON, JSONL, CSV or Parquet files (also .gz, .xz, .zst), or a hub data set.")
     ],
     model: Annotated[str, typer.Option(help="Hub name, folder or GGUF file of a causal language model.")],
-    output: Annotated[Path, typer.Option(help="Run folder to write: scores.parquet, manifest.json, rejected.jsonl.")],
+    output: Annotated[
+        str, typer.Option(help="Run folder or URL to write: scores.parquet, manifest.json, rejected.jsonl.")
+    ],
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where it is not the model's own.")] = None,
     embedder: Annotated[
         str, typer.Option(help="sentence-transformers name or folder, or a .npy file with one row per record.")
@@ -104,13 +106,15 @@ def score(
     typer.echo(f"{len(scores)} records: {counts}")
     tokens, seconds = scores.stats["forwarded_tokens"], scores.stats["scoring_seconds"]
     typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
-    typer.echo(f"wrote {output / 'scores.parquet'}; next: miwv-fast select {output} --top 1% --output subset.jsonl")
+    typer.echo(
+        f"wrote {output.rstrip('/')}/scores.parquet; next: miwv-fast select {output} --top 1% --output subset.jsonl"
+    )
     typer.echo(f"or look at it first: miwv-fast report {output}")
 
 
 @app.command()
 def select(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     output: Annotated[
         Path, typer.Option(help="What to write, best record first: .jsonl, .parquet, or a folder for datasets.")
     ],
@@ -182,7 +186,7 @@ def _show_duplicates(duplicates: Duplicates) -> None:
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     top: Annotated[str, typer.Option(help="The selection that the report opens with: 1%, 0.01, or a number.")] = "1%",
     field: Annotated[str | None, typer.Option(help="Field of the data to compare by; default: looked for.")] = None,
@@ -198,8 +202,8 @@ def report(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
-    b: Annotated[Path, typer.Argument(help="Another run over the same data.")],
+    a: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
+    b: Annotated[str, typer.Argument(help="Another run over the same data.")],
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
     """Prints how far two runs over the same data agree, and the records that moved most."""
@@ -211,7 +215,7 @@ def compare(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def status(run: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
     """Prints how far a run is, how fast, and what was rejected and why."""
     from miwv_fast.store import run_status
 
@@ -237,7 +241,7 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a scores file.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     index: Annotated[int, typer.Argument(help="The record's number, from 0.")],
     model: Annotated[str | None, typer.Option(help="The model.", show_default="the one that scored the run")] = None,
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,

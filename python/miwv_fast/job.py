@@ -184,7 +184,7 @@ class Job:
             unit_tokens=UNIT_BATCHES * engine.facts.batch_tokens,
         )
         planned = sum(forwarded_tokens(unit, zero, one, self.prefix_length, parents) for unit in units)
-        finished = dict(run.parts()) if run is not None else {}
+        finished = dict(run.parts(units)) if run is not None else {}
         if run is not None:
             run.save_plan(len(units), planned)
         begin = time.perf_counter()

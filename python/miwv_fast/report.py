@@ -16,10 +16,11 @@ import numpy as np
 from miwv_fast import ranker
 from miwv_fast.explain import explain
 from miwv_fast.extras import import_extra
+from miwv_fast.files import write_atomically
 from miwv_fast.formats import Row
 from miwv_fast.report_records import FieldFinder, Grouping, describe_record, page_json, take_within
 from miwv_fast.report_text import describe
-from miwv_fast.scores import Scores, write_atomically
+from miwv_fast.scores import Scores
 
 EXTREMES = 300
 EXPLAINED = 10

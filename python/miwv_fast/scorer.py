@@ -19,6 +19,7 @@ import torch
 from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embedder, check_embeddings
 from miwv_fast.engine import Engine, LocalEngine, ModelFacts
 from miwv_fast.extras import import_extra
+from miwv_fast.files import Location
 from miwv_fast.job import Job
 from miwv_fast.model import choose_device, choose_dtype
 from miwv_fast.progress import Progress
@@ -75,8 +76,9 @@ def score(
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
         share_prefix: Whether to run one-shot passes behind the kept keys and values of their demonstrations: the same
             scores to rounding for two thirds of the tokens. Where model or template do not allow it, it is not done.
-        output: A folder for the run: `scores.parquet`, `manifest.json`, `rejected.jsonl`, and what it takes to go on
-            after an interruption. Without it nothing is written.
+        output: A folder for the run, or the URL of one in a store that fsspec knows (s3://, gs://): `scores.parquet`,
+            `manifest.json`, `rejected.jsonl`, and what it takes to go on after an interruption. Without it nothing is
+            written.
         resume: Whether to continue the run that `output` holds; it must be the same in everything that can change a
             score. Otherwise the old run is moved aside and a new one begins.
         progress: Whether to show progress bars; `auto` shows them on a terminal.
@@ -102,11 +104,11 @@ def score(
     _check_arguments(neighbors, max_length, batch_tokens)
     _check_engine(engine, model, device, ray_address, workers, gpus_per_worker)
     bars = Progress(progress)
-    if output is not None and Path(output).is_file():
+    if output is not None and Location(output).is_file():
         raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
     choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
-    if output is None or not (Path(output) / "neighbors.parquet").exists():
+    if output is None or not (Location(output) / "neighbors.parquet").exists():
         check_embedder(embedder)
     source = open_source(data)
     records = read_records(source)
@@ -183,7 +185,7 @@ def _score_on(
     if output is None:
         embeddings = _score(job, source, embedder, engine, share_prefix, bars, None)
         return Scores(job.table(), manifest, source, job.stats, embeddings)
-    with Run(Path(output), manifest, resume=resume) as run:
+    with Run(output, manifest, resume=resume) as run:
         _score(job, source, embedder, engine, share_prefix, bars, run)
         scores = Scores(job.table(), run.manifest, source, job.stats, read_embeddings(run.folder))
         run.save_rejections(job.rejections)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,8 +17,9 @@ import pyarrow.parquet as pq
 
 from miwv_fast import ranker
 from miwv_fast.extras import import_extra
+from miwv_fast.files import Location
 from miwv_fast.formats import Row
-from miwv_fast.sources import FileSource, Source, open_source
+from miwv_fast.sources import FileSource, ObjectSource, Source, open_source
 
 if TYPE_CHECKING:
     import datasets
@@ -187,12 +189,13 @@ class Scores:
             raise ValueError(f"there are {len(self.embeddings)} embeddings for {len(self)} records: of another run")
         return self.embeddings
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table as one Parquet file, the manifest in its metadata; replaces a file that is there."""
-        manifest = json.dumps(dict(self.manifest)).encode()
-        write_atomically(
-            Path(path), lambda out: pq.write_table(self.table.replace_schema_metadata({_MANIFEST_KEY: manifest}), out)
-        )
+    def save(self, path: str | os.PathLike[str] | Location) -> None:
+        """Writes the table as one Parquet file, the manifest in its metadata; replaces a file that is there.
+
+        `path` may be a URL that fsspec knows, such as s3://bucket/scores.parquet.
+        """
+        table = self.table.replace_schema_metadata({_MANIFEST_KEY: json.dumps(dict(self.manifest)).encode()})
+        Location(path).write(lambda out: pq.write_table(table, out))
 
     def report(
         self,
@@ -250,12 +253,12 @@ class Scores:
 
 
 def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
-    """Reads scores from a Parquet file that `Scores.save` wrote, or from a run folder.
+    """Reads scores from a Parquet file that `Scores.save` wrote, or from a run folder, here or at a URL.
 
     `data` says where the scored data is now; without it the manifest's paths are used. Raises FileNotFoundError if
     there is no such file, ValueError if it holds no scores.
     """
-    file = Path(path)
+    file = Location(path)
     if file.is_dir():
         file = file / "scores.parquet"
     if not file.is_file():
@@ -263,7 +266,7 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
             raise FileNotFoundError(f"the run in {file.parent} is not finished: the command that began it goes on")
         raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file.local or pa.BufferReader(file.read_bytes()))
     except pa.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}
@@ -275,23 +278,28 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
     return Scores(table, manifest, _find_source(manifest, data, file.parent), embeddings=embeddings)
 
 
-def read_embeddings(run: Path) -> np.ndarray | None:
-    """The embeddings that lie in a run folder, mapped into memory; None where there are none that can be read."""
+def read_embeddings(run: Location) -> np.ndarray | None:
+    """The embeddings that lie in a run folder, mapped into memory where it is local; None where none can be read."""
     path = run / "embeddings.npy"
     if not path.is_file():
         return None
     try:
-        return cast(np.ndarray, np.load(path, mmap_mode="r", allow_pickle=False))
+        if path.local is None:
+            return cast(np.ndarray, np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+        return cast(np.ndarray, np.load(path.local, mmap_mode="r", allow_pickle=False))
     except (EOFError, ValueError) as error:
         _log.warning("%s cannot be read: %s", path, error)
         return None
 
 
-def _find_source(manifest: Mapping[str, Any], data: object, folder: Path) -> Source | None:
+def _find_source(manifest: Mapping[str, Any], data: object, folder: Location) -> Source | None:
     if data is not None:
         return open_source(data)
-    if (folder / "data.jsonl").is_file():
-        return open_source(folder / "data.jsonl")
+    spooled = folder / "data.jsonl"
+    if spooled.is_file():
+        if spooled.local is None:
+            return ObjectSource([json.loads(line) for line in spooled.read_bytes().splitlines()], str(spooled))
+        return open_source(spooled.local)
     described = manifest.get("data", {})
     if "data_set" in described:
         return open_source(described["data_set"])
@@ -303,32 +311,3 @@ def _find_source(manifest: Mapping[str, Any], data: object, folder: Path) -> Sou
     if source.describe()["files"] != files:
         _log.warning("%s has changed since it was scored", source.name)
     return source
-
-
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """Writes one JSON value per line, UTF-8, text as it is."""
-
-    def write(out: Path) -> None:
-        with out.open("w", encoding="utf-8", errors="surrogatepass") as stream:
-            for row in rows:
-                stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-    write_atomically(Path(path), write)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)

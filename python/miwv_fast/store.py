@@ -1,40 +1,40 @@
-"""A run on disk: what it is (manifest), who writes it (lock), what is done (parts), what came out (scores).
+"""A run on disk or in an object store: what is done is kept there, and the same call goes on.
 
 RUN/manifest.json      everything that can change a score; a run is continued only by the same manifest
 RUN/lock               held by the process that writes
+RUN/embeddings/        embeddings of one call of the embedder each, until all are there
 RUN/embeddings.npy, neighbors.parquet
 RUN/plan.json          how many units and tokens there are
 RUN/parts/             a Parquet file per finished unit, its SHA-256 in its name
-RUN/damaged/           parts whose content no longer matches their name, set aside and computed again
+RUN/damaged/           files whose content no longer matches their checksum, set aside and computed again
 RUN/rejected.jsonl, data.jsonl, scores.parquet
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from miwv_fast.files import Location, write_jsonl
+from miwv_fast.forest import Unit
+from miwv_fast.lock import Lock, read_holder
+from miwv_fast.manifest import differences
 from miwv_fast.neighbors import Neighbors
+from miwv_fast.parts import neighbors_from_bytes, neighbors_to_bytes, read_parts, write_part
 from miwv_fast.rejections import Rejection
 from miwv_fast.runner import UnitResult
-from miwv_fast.scores import Scores, write_atomically, write_jsonl
+from miwv_fast.scores import Scores
 from miwv_fast.sources import Source
 
-_PART = pa.schema([("one_shot", pa.bool_()), ("number", pa.int64()), ("nll", pa.float32())])
+_TEMPORARY = re.compile(r"\.[\w.-]+\.(json|jsonl|npy|parquet)\.[0-9]+")
 
 _log = logging.getLogger(__name__)
 
@@ -42,24 +42,26 @@ _log = logging.getLogger(__name__)
 class Run:
     """A run folder that this process writes; a context manager that holds the lock.
 
-    Opening continues the run of the same manifest; without `resume` an old run is moved aside first. Raises ValueError
-    if the folder holds a run of another manifest, naming each field that differs, if another process writes it, or if
-    it holds something else.
+    `folder` is a path or a URL that fsspec knows. Opening continues the run of the same manifest; without `resume` an
+    old run is moved aside first. Raises ValueError if the folder holds a run of another manifest, naming each field
+    that differs, if another process writes it, or if it holds something else.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], *, resume: bool = True) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: str | os.PathLike[str] | Location, manifest: Mapping[str, Any], *, resume: bool = True
+    ) -> None:
+        self.folder = Location(folder)
         self.manifest = json.loads(json.dumps(dict(manifest)))
-        if folder.exists() and not folder.is_dir():
+        if self.folder.is_file():
             raise ValueError(f"output {folder} is a file; give a folder for the run")
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        there = {name for name in self.folder.names() if not _TEMPORARY.fullmatch(name)}
         if there - {"lock"} and "manifest.json" not in there:
             raise ValueError(f"output {folder} holds other files than a run; give another folder")
         if not resume and there:
-            _lock(folder).close()  # nobody may be writing what is moved away
-            _move_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+            Lock(self.folder).release()  # nobody may be writing what is moved away
+            _move_aside(self.folder)
+        self.folder.make_folder()
+        self._lock = Lock(self.folder)
         try:
             self._open()
         except BaseException:
@@ -76,24 +78,28 @@ class Run:
 
     def close(self) -> None:
         """Gives the lock back."""
-        if not self._lock.closed:
-            self._lock.truncate(0)
-            self._lock.close()
+        self._lock.release()
 
     def _open(self) -> None:
+        for folder in (self.folder, self.folder / "parts"):
+            for name in folder.names():
+                if _TEMPORARY.fullmatch(name):  # of a process that was killed while it wrote
+                    (folder / name).remove()
         path = self.folder / "manifest.json"
         if not path.exists():
             self._write_manifest()
             return
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = path.read_json()
+        if not isinstance(old, dict):
+            raise ValueError(f"{path} should be a JSON object, it is {type(old).__name__}")
         if "neighbor_table" in old:
             found = ("neighbor_table", "neighbor_recall")
             self.manifest.update({name: old[name] for name in found if name in old})
-        elif not any((self.folder / "parts").glob("*.parquet")):
+        elif not self._has_parts():
             # Nothing was computed yet: somebody mended the call that failed.
             self._write_manifest()
             return
-        differing = list(_differences(_identity(old), _identity(self.manifest)))
+        differing = differences(old, self.manifest)
         if differing:
             lines = "\n".join(f"  {name}: {before} there, {now} now" for name, before, now in differing)
             raise ValueError(
@@ -102,68 +108,76 @@ class Run:
             )
 
     def _write_manifest(self) -> None:
-        text = json.dumps(self.manifest, indent=2) + "\n"
-        write_atomically(self.folder / "manifest.json", lambda out: out.write_text(text, encoding="utf-8"))
+        (self.folder / "manifest.json").write_json(self.manifest)
+
+    def _has_parts(self) -> bool:
+        return any(name.endswith(".parquet") for name in (self.folder / "parts").names())
 
     def neighbors(self, records: int, k: int) -> Neighbors | None:
-        """The neighbours that were found before, None if there are none."""
+        """The neighbours that were found before, None if there are none.
+
+        Raises ValueError where the file matches its checksum and yet is none of this run.
+        """
         path = self.folder / "neighbors.parquet"
-        if not path.exists() or "neighbor_table" not in self.manifest:
+        if "neighbor_table" not in self.manifest or not path.exists():
             return None
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.manifest["neighbor_table"]:
-            _set_aside(path, "its content does not match its checksum")
+            self._set_aside(path, "its content does not match its checksum")
             return None
-        table = _read_table(content)
-        columns = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names]
-        recall = self.manifest.get("neighbor_recall")
-        return Neighbors(columns[0].reshape(records, k), columns[1].reshape(records, k), recall)
+        try:
+            return neighbors_from_bytes(content, records, k, self.manifest.get("neighbor_recall"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is whole, but no neighbours of this run: {error}; start over with resume=False (--fresh)"
+            ) from error
 
     def save_neighbors(self, embeddings: np.ndarray, neighbors: Neighbors) -> None:
-        """Keeps embeddings float32 [N, D] and neighbours."""
-        write_atomically(self.folder / "embeddings.npy", lambda out: _save_array(out, embeddings))
-        k = neighbors.index.shape[1]
-        columns = [
-            pa.FixedSizeListArray.from_arrays(values.ravel(), k) for values in (neighbors.index, neighbors.similarity)
-        ]
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, ["index", "similarity"]), sink)
-        content = sink.getvalue().to_pybytes()
-        write_atomically(self.folder / "neighbors.parquet", lambda out: out.write_bytes(content))
-        self.manifest["neighbor_table"] = hashlib.sha256(content).hexdigest()
+        """Keeps embeddings float32 [N, D] and neighbours.
+
+        Raises ValueError if units were scored with other neighbours, which an embedder that changed would have found.
+        """
+        content = neighbors_to_bytes(neighbors)
+        digest = hashlib.sha256(content).hexdigest()
+        if self.manifest.get("neighbor_table", digest) != digest and self._has_parts():
+            raise ValueError(
+                f"output {self.folder}: the neighbours found now are not those that its units were scored with; "
+                "has the embedder changed? Start over with resume=False (--fresh)"
+            )
+        (self.folder / "embeddings.npy").write(lambda out: _save_array(out, embeddings))
+        (self.folder / "neighbors.parquet").write_bytes(content)
+        self.manifest["neighbor_table"] = digest
         self.manifest["neighbor_recall"] = neighbors.recall
         self._write_manifest()
 
     def save_plan(self, units: int, tokens: int) -> None:
         """Keeps how much there is to do, for `status`."""
-        text = json.dumps({"units": units, "tokens": tokens}) + "\n"
-        write_atomically(self.folder / "plan.json", lambda out: out.write_text(text))
+        (self.folder / "plan.json").write_json({"units": units, "tokens": tokens})
 
     def save_part(self, unit: int, result: UnitResult, seconds: float) -> None:
         """Writes a finished unit; it is there whole or not at all."""
-        one_shot = np.repeat([False, True], [len(result.zero_shot[0]), len(result.one_shot[0])])
-        columns = [np.concatenate(pair) for pair in zip(result.zero_shot, result.one_shot, strict=True)]
-        cost = {"forwarded": result.forwarded_tokens, "padding": result.padding_tokens, "seconds": seconds}
-        table = pa.table([one_shot, *columns], schema=_PART.with_metadata({"cost": json.dumps(cost)}))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        content = sink.getvalue().to_pybytes()
-        name = f"{unit:08d}-{hashlib.sha256(content).hexdigest()[:32]}.parquet"
-        write_atomically(self.folder / "parts" / name, lambda out: out.write_bytes(content))
+        write_part(self.folder / "parts", unit, result, seconds)
 
-    def parts(self) -> Iterator[tuple[int, UnitResult]]:
-        """The finished units; a part that does not match its checksum is set aside with a warning."""
-        for part in read_parts(self.folder):
+    def parts(self, units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
+        """The finished ones of a plan's units; a part that does not match its checksum is set aside with a warning.
+
+        Raises ValueError for a part that is whole but holds other passes than its unit.
+        """
+        for part in read_parts(self.folder / "parts"):
             if part.result is None:
-                _set_aside(part.path, part.damage)
-            else:
-                yield part.unit, part.result
+                self._set_aside(part.path, part.damage)
+                continue
+            if part.unit >= len(units) or not _is_of(part.result, units[part.unit]):
+                raise ValueError(
+                    f"{part.path} is whole, but holds other passes than unit {part.unit} of this run; move it away"
+                )
+            yield part.unit, part.result
 
     def save_source(self, source: Source) -> None:
         """Keeps records that came from no file, so that they can be selected later."""
-        described = self.manifest["data"]
-        if "files" not in described and "data_set" not in described and not (self.folder / "data.jsonl").exists():
-            write_jsonl(self.folder / "data.jsonl", (row.value for row in source.rows()))
+        described, path = self.manifest["data"], self.folder / "data.jsonl"
+        if "files" not in described and "data_set" not in described and not path.exists():
+            write_jsonl(path, (row.value for row in source.rows()))
 
     def save_rejections(self, rejections: Iterable[Rejection]) -> None:
         """Writes `rejected.jsonl`: number, place, reason and text of each malformed record."""
@@ -174,55 +188,27 @@ class Run:
         """Writes the joined result."""
         scores.save(self.folder / "scores.parquet")
 
-
-@dataclass(frozen=True)
-class Part:
-    """A file under parts/: its unit and its result, or None and what is wrong with it."""
-
-    path: Path
-    unit: int
-    result: UnitResult | None
-    seconds: float = 0.0
-    damage: str = ""
+    def _set_aside(self, path: Location, reason: str) -> None:
+        aside = self.folder / "damaged"
+        aside.make_folder()
+        path.move(aside / path.name)
+        _log.warning("%s: %s; set aside in %s and computed again", path.name, reason, aside)
 
 
-def read_parts(folder: Path) -> Iterator[Part]:
-    """Every part of a run, verified."""
-    for path in sorted((folder / "parts").glob("*.parquet")):
-        unit, _, digest = path.stem.partition("-")
-        content = path.read_bytes()
-        if not unit.isdigit() or hashlib.sha256(content).hexdigest()[:32] != digest:
-            yield Part(path, -1, None, damage="its content does not match its checksum")
-            continue
-        table = _read_table(content)
-        cost = json.loads(table.schema.metadata[b"cost"])
-        one_shot = table["one_shot"].to_numpy()
-        number, nll = table["number"].to_numpy(), table["nll"].to_numpy()
-        zero, one = ((number[chosen], nll[chosen]) for chosen in (~one_shot, one_shot))
-        yield Part(path, int(unit), UnitResult(zero, one, cost["forwarded"], cost["padding"]), cost["seconds"])
-
-
-def run_status(folder: Path) -> dict[str, Any]:
+def run_status(run: str | os.PathLike[str] | Location) -> dict[str, Any]:
     """How far a run is: units and tokens done and in all, tokens per second, seconds left, rejected records by reason,
     and `neighbor_recall`, None where the neighbours are exact or not yet found.
 
-    Raises FileNotFoundError if there is no run in the folder.
+    Raises FileNotFoundError if there is no run in the folder, ValueError where its files are not those of a run.
     """
+    folder = Location(run)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"no run at {folder}: it has no manifest.json")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    plan_path = folder / "plan.json"
-    plan = json.loads(plan_path.read_text()) if plan_path.exists() else {"units": None, "tokens": None}
-    parts = [part for part in read_parts(folder) if part.result is not None]
+    manifest, plan_path = (folder / "manifest.json").read_json(), folder / "plan.json"
+    plan = plan_path.read_json() if plan_path.exists() else {"units": None, "tokens": None}
+    parts = [part for part in read_parts(folder / "parts") if part.result is not None]
     tokens = sum(part.result.forwarded_tokens for part in parts if part.result)
     seconds = sum(part.seconds for part in parts)
-    reasons: dict[str, int] = {}
-    rejected = folder / "rejected.jsonl"
-    if rejected.exists():
-        with rejected.open(encoding="utf-8") as lines:
-            for line in lines:
-                reason = json.loads(line)["reason"]
-                reasons[reason] = reasons.get(reason, 0) + 1
     rate = tokens / seconds if seconds else None
     return {
         "finished": (folder / "scores.parquet").exists(),
@@ -233,98 +219,37 @@ def run_status(folder: Path) -> dict[str, Any]:
         "tokens_per_second": rate,
         "seconds_left": (plan["tokens"] - tokens) / rate if rate and plan["tokens"] is not None else None,
         "neighbor_recall": manifest.get("neighbor_recall"),
-        "written_by": _holder(folder),
-        "rejected": dict(sorted(reasons.items(), key=lambda pair: -pair[1])),
+        "written_by": read_holder(folder),
+        "rejected": _count_reasons(folder / "rejected.jsonl"),
     }
 
 
-def _lock(folder: Path) -> Any:
-    """An exclusive lock that the system gives back when the process dies; the file says who holds or held it."""
-    stream = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = _read_holder(stream)
-        stream.close()
-        raise ValueError(f"output {folder} is being written by {holder or 'another process'}") from None
-    holder = _read_holder(stream)
-    if holder:
-        _log.warning("taking over %s from %s, which is gone", folder, holder)
-    stream.truncate(0)
-    stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}))
-    stream.flush()
-    return stream
-
-
-def _read_holder(stream: Any) -> str:
-    stream.seek(0)
-    try:
-        held = json.loads(stream.read())
-        return f"process {held['pid']} on {held['host']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def _holder(folder: Path) -> str | None:
-    path = folder / "lock"
-    if not path.exists():
-        return None
-    with path.open("r") as stream:
+def _count_reasons(path: Location) -> dict[str, int]:
+    """How often each reason stands in a list of rejected records, the most frequent first."""
+    reasons: dict[str, int] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return _read_holder(stream) or "another process"
-    return None
+            reason = json.loads(line)["reason"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return dict(sorted(reasons.items(), key=lambda pair: -pair[1]))
 
 
-def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What can change a score: contents, not the places they were read from."""
-    identity = dict(manifest)
-    if "files" in identity["data"]:
-        identity["data"] = {"sha256": [file["sha256"] for file in identity["data"]["files"]]}
-    identity["model"] = identity["model"]["sha256"]
-    return identity
+def _is_of(result: UnitResult, unit: Unit) -> bool:
+    zero = np.concatenate([unit.roots[unit.scored], unit.zero_shot])
+    one = np.concatenate([unit.children, unit.one_shot])
+    return np.array_equal(result.zero_shot[0], zero) and np.array_equal(result.one_shot[0], one)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted(set(old) | set(new)):
-        before, now = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            yield f"{prefix}{name}", _short(before), _short(now)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _move_aside(folder: Path) -> None:
+def _move_aside(folder: Location) -> None:
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while (aside := folder.parent / f"{folder.name}.old-{number}").exists():
         number += 1
-    folder.rename(aside)
+    folder.move(aside)
     _log.warning("moved the old run to %s", aside)
 
 
-def _set_aside(path: Path, reason: str) -> None:
-    aside = path.parent.parent / "damaged" if path.parent.name == "parts" else path.parent / "damaged"
-    aside.mkdir(exist_ok=True)
-    os.replace(path, aside / path.name)
-    _log.warning("%s: %s; set aside in %s and computed again", path.name, reason, aside)
-
-
-def _read_table(content: bytes) -> pa.Table:
-    """A Parquet file's table, read by this thread alone.
-
-    `pq.read_table` leaves the content to a thread of Arrow's, which may drop it, and ask for the GIL, while the
-    interpreter ends: the process then aborts.
-    """
-    with pq.ParquetFile(pa.BufferReader(content)) as file:
-        return file.read(use_threads=False)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as stream:
+def _save_array(path: os.PathLike[str], array: np.ndarray) -> None:
+    with open(path, "wb") as stream:
         np.save(stream, array, allow_pickle=False)

@@ -1,0 +1,223 @@
+"""Files and folders wherever they lie: on this machine, a shared file system, or a store that fsspec knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class Location:
+    """A file or folder: a local path, or a URL such as s3://bucket/run.
+
+    Raises ValueError for a URL of an unknown kind, or of one whose package is not installed. What a store raises beyond
+    OSError comes as OSError that names the place.
+    """
+
+    def __init__(self, place: str | os.PathLike[str] | Location) -> None:
+        self._store: Any = None
+        self._path: str
+        if isinstance(place, Location):
+            self._store, self._path = place._store, place._path
+            return
+        self._path = os.fspath(place)
+        if "://" in self._path:
+            self._store, self._path = _find_store(self._path)
+
+    @property
+    def local(self) -> Path | None:
+        """The path on this machine, None where the place is elsewhere."""
+        return Path(self._path) if self._store is None else None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self._path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Location:
+        """The folder that it lies in."""
+        return self._at(self._path.rstrip("/").rpartition("/")[0] if self.local is None else str(self.local.parent))
+
+    def __truediv__(self, name: str) -> Location:
+        return self._at(f"{self._path.rstrip('/')}/{name}" if self.local is None else str(self.local / name))
+
+    def __str__(self) -> str:
+        return self._path if self._store is None else str(self._store.unstrip_protocol(self._path))
+
+    def __repr__(self) -> str:
+        return f"Location({str(self)!r})"
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder."""
+        with self._errors():
+            return self.local.exists() if self.local else bool(self._fresh().exists(self._path))
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        with self._errors():
+            return self.local.is_file() if self.local else bool(self._fresh().isfile(self._path))
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder."""
+        with self._errors():
+            return self.local.is_dir() if self.local else bool(self._fresh().isdir(self._path))
+
+    def names(self) -> list[str]:
+        """The names in a folder, sorted; none where there is no folder."""
+        with self._errors():
+            try:
+                if self.local:
+                    return sorted(os.listdir(self.local))
+                listed = self._fresh().ls(self._path, detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted({name for path in listed if (name := str(path).rstrip("/").rpartition("/")[2])} - {self.name})
+
+    def read_bytes(self) -> bytes:
+        """All of a file."""
+        with self._errors():
+            return self.local.read_bytes() if self.local else bytes(self._store.cat_file(self._path))
+
+    def read_json(self) -> Any:
+        """The JSON value that a file holds. Raises ValueError, naming the file, where it is none."""
+        try:
+            return json.loads(self.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self} is not JSON, so it is damaged or of something else: {error}") from error
+
+    def write(self, write: Callable[[Path], Any]) -> None:
+        """Writes a file by a function that gets a local path; nobody ever sees half of it.
+
+        Locally what is written goes to a temporary name beside the target, to disk, and is then renamed. A store gets
+        it in one put, which object stores show when it is whole.
+        """
+        if self.local:
+            write_atomically(self.local, write)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="miwv-"))
+        try:
+            write(folder / "file")
+            with self._errors():
+                self._store.put_file(str(folder / "file"), self._path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Writes a file, whole or not at all."""
+        self.write(lambda out: out.write_bytes(content))
+
+    def write_json(self, value: Any) -> None:
+        """Writes a JSON value, indented, whole or not at all."""
+        self.write_bytes((json.dumps(value, indent=2) + "\n").encode())
+
+    def create(self, content: bytes) -> bool:
+        """Writes a file unless there is one; whether it was written.
+
+        A store that cannot refuse is looked at before: two that write at the same moment may then both believe it.
+        """
+        with self._errors():
+            if self.local:
+                try:
+                    with self.local.open("xb") as stream:
+                        stream.write(content)
+                except FileExistsError:
+                    return False
+                return True
+            if self.exists():
+                return False
+            try:
+                self._store.pipe_file(self._path, content, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError, ValueError):
+                self._store.pipe_file(self._path, content)
+            return True
+
+    def make_folder(self) -> None:
+        """Makes a folder, and those above it, where a folder is more than the names of its files."""
+        with self._errors():
+            if self.local:
+                self.local.mkdir(parents=True, exist_ok=True)
+            else:
+                self._store.makedirs(self._path, exist_ok=True)
+
+    def move(self, target: Location) -> None:
+        """Moves a file or a whole folder, within one store, to a place where nothing is or a file that it replaces."""
+        with self._errors():
+            if self.local and target.local:
+                os.replace(self.local, target.local)
+            else:
+                self._store.mv(self._path, target._path, recursive=self.is_dir())
+
+    def remove(self) -> None:
+        """Removes a file, if it is there."""
+        with self._errors(), suppress(FileNotFoundError):
+            self.local.unlink() if self.local else self._store.rm_file(self._path)
+
+    def _at(self, path: str) -> Location:
+        other = Location(self)
+        other._path = path
+        return other
+
+    def _fresh(self) -> Any:
+        """The store, which forgets what it knew of its folders: others write there too."""
+        self._store.invalidate_cache()
+        return self._store
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise OSError(f"{self}: {type(error).__name__}: {error}") from error
+
+
+def _find_store(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        store, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot use {url}: {error}") from error
+    except Exception as error:  # whatever a store's own package raises for an account that is not set up
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+    if "file" in (store.protocol if isinstance(store.protocol, tuple) else (store.protocol,)):
+        return None, str(path)
+    return store, str(path)
+
+
+def write_jsonl(path: str | os.PathLike[str] | Location, rows: Iterable[Any]) -> None:
+    """Writes one JSON value per line, UTF-8, text as it is."""
+
+    def write(out: Path) -> None:
+        with out.open("w", encoding="utf-8", errors="surrogatepass") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    Location(path).write(write)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Who writes a run: one process at a time, and what becomes of the lock of a process that died."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from miwv_fast.files import Location
+
+_log = logging.getLogger(__name__)
+_here: set[str] = set()
+
+
+class Lock:
+    """The lock of a run folder, held until `release`; the file `lock` says who holds or held it.
+
+    On a file system it is the system's own lock, which ends with the process, on whatever host it ran. Elsewhere it is
+    an object that is created only where none is: one that a dead process of this host left is taken over, one of
+    another host must be deleted by hand. Raises ValueError if somebody else holds it, naming them.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        self._place = folder / "lock"
+        self._stream: Any = None
+        if folder.local is None or not self._lock_file():
+            self._create_object()
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._stream is not None:
+            self._stream.truncate(0)
+            self._stream.close()
+            self._stream = None
+        elif str(self._place) in _here:
+            _here.discard(str(self._place))
+            self._place.remove()
+
+    def _lock_file(self) -> bool:
+        """False where the file system has no locks."""
+        stream = open(str(self._place), "a+")  # noqa: SIM115  (it is the lock that is held)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _name(_read(stream))
+            stream.close()
+            raise _held(self._place.parent, holder) from None
+        except OSError as error:
+            written = _read(stream)
+            stream.close()
+            if written is None:  # of nobody: opening has made it
+                self._place.remove()
+            _log.warning("%s has no locks (%s): do not start two processes on it at once", self._place.parent, error)
+            return False
+        holder = _name(_read(stream))
+        if holder:
+            _log.warning("taking over %s from %s, which is gone", self._place.parent, holder)
+        stream.truncate(0)
+        stream.write(_own())
+        stream.flush()
+        self._stream = stream
+        return True
+
+    def _create_object(self) -> None:
+        while not self._place.create(_own().encode()):
+            try:
+                held = json.loads(self._place.read_bytes())
+            except (FileNotFoundError, ValueError):
+                held = None
+            if str(self._place) in _here or not _is_gone(held):
+                raise _held(self._place.parent, _name(held), f"; if that is gone, delete {self._place}")
+            _log.warning("taking over %s from %s, which is gone", self._place.parent, _name(held))
+            self._place.remove()
+        _here.add(str(self._place))
+
+
+def read_holder(folder: Location) -> str | None:
+    """Who writes the run in a folder, None if nobody does."""
+    place = folder / "lock"
+    if not place.exists():
+        return None
+    if folder.local is not None:
+        with open(str(place)) as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                return _name(_read(stream)) or "another process"
+            except OSError:
+                pass
+    try:
+        held = json.loads(place.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if _is_gone(held) and str(place) not in _here else _name(held)
+
+
+def _own() -> str:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())})
+
+
+def _read(stream: Any) -> Any:
+    stream.seek(0)
+    try:
+        return json.loads(stream.read())
+    except ValueError:
+        return None
+
+
+def _name(held: Any) -> str:
+    try:
+        return f"process {held['pid']} on {held['host']}"
+    except (KeyError, TypeError):
+        return ""
+
+
+def _is_gone(held: Any) -> bool:
+    """Whether the holder is known to be dead: of this host, and no process has its number but this one."""
+    try:
+        pid, host = int(held["pid"]), held["host"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return False
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _held(folder: Location, holder: str, hint: str = "") -> ValueError:
+    return ValueError(f"output {folder} is being written by {holder or 'another process'}{hint}")

@@ -1,0 +1,37 @@
+"""What a run is: everything that can change a score, and how two runs differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Each field by which two manifests are different runs, with the old and the new value."""
+    return list(_differing(_identity(old), _identity(new)))
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What can change a score: contents, not the places they were read from."""
+    identity = dict(manifest)
+    data, model = identity.get("data"), identity.get("model")
+    if isinstance(data, dict) and "files" in data:
+        identity["data"] = {"sha256": [file["sha256"] for file in data["files"]]}
+    if isinstance(model, dict):
+        identity["model"] = model.get("sha256")
+    return identity
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    for name in sorted(set(old) | set(new)):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differing(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name}", _short(before), _short(now)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,160 @@
+"""The files of a run, on this machine and in a store that fsspec knows: the same operations, the same result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+import miwv_fast
+from miwv_fast import lock
+from miwv_fast.files import Location, write_jsonl
+from miwv_fast.lock import Lock, read_holder
+from miwv_fast.store import run_status
+from support import byte_level, text_embedder, tiny_model
+from test_scorer import make_rows
+
+
+@pytest.fixture(params=["local", "memory", "file"])
+def folder(request, tmp_path):
+    """A folder that is not there yet."""
+    yield Location(
+        {"local": tmp_path / "run", "memory": "memory://run", "file": f"file://{tmp_path}/run"}[request.param]
+    )
+    fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+
+
+def test_files(folder):
+    assert not folder.exists() and folder.names() == []
+    folder.make_folder()
+    file = folder / "parts" / "a.json"
+    file.write_json({"a": 1})
+    assert file.read_json() == {"a": 1} and file.is_file() and not file.is_dir()
+    assert folder.is_dir() and folder.names() == ["parts"] and (folder / "parts").names() == ["a.json"]
+    assert file.name == "a.json" and str(file.parent) == str(folder / "parts")
+    assert not file.create(b"other") and (folder / "b").create(b"new") and (folder / "b").read_bytes() == b"new"
+    file.move(folder / "b")
+    assert folder.names() == ["b", "parts"] and (folder / "b").read_json() == {"a": 1}
+    (folder / "b").remove()
+    (folder / "b").remove()
+    write_jsonl(folder / "parts" / "rows.jsonl", [{"a": "\ud800é\u2028"}])
+    assert json.loads((folder / "parts" / "rows.jsonl").read_bytes()) == {"a": "\ud800é\u2028"}
+    folder.move(folder.parent / "aside")
+    assert not folder.is_dir() and (folder.parent / "aside" / "parts").names() == ["rows.jsonl"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(folder):
+    file = folder / "a.json"
+    file.write_json(1)
+
+    def fail(out):
+        out.write_bytes(b"half")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        file.write(fail)
+    assert file.read_json() == 1 and folder.names() == ["a.json"]
+    file.write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        file.read_json()
+
+
+def test_urls_that_cannot_be_used():
+    with pytest.raises(ValueError, match="cannot use s4://bucket/run: Protocol not known: s4"):
+        Location("s4://bucket/run")
+    if importlib.util.find_spec("s3fs") is None:
+        with pytest.raises(ValueError, match="cannot use s3://bucket/run: Install s3fs"):
+            Location("s3://bucket/run")
+
+
+def test_what_a_store_raises_names_the_place(monkeypatch):
+    class OddError(Exception):
+        pass
+
+    def fail(self, path, **_):
+        raise OddError("no credentials")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "exists", fail)
+    with pytest.raises(OSError, match="memory:///run/a: OddError: no credentials"):
+        Location("memory://run/a").exists()
+
+
+def test_one_lock_for_one_process(folder):
+    folder.make_folder()
+    held = Lock(folder)
+    with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):
+        Lock(folder)
+    assert read_holder(folder) == f"process {os.getpid()} on {lock.socket.gethostname()}"
+    held.release()
+    held.release()
+    assert read_holder(folder) is None
+    Lock(folder).release()
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_the_lock_that_a_dead_process_left_in_a_store(host, caplog):
+    """It is known to be dead on this host only; otherwise the message says what to delete."""
+    folder = Location("memory://stale")
+    gone = {"pid": 2**22 + 1, "host": lock.socket.gethostname() if host == "here" else "node7", "since": 0}
+    (folder / "lock").write_bytes(json.dumps(gone).encode())
+    try:
+        if host == "here":
+            held = Lock(folder)
+            assert f"taking over memory:///stale from process {2**22 + 1}" in caplog.text
+            held.release()
+            assert not (folder / "lock").exists()
+        else:
+            with pytest.raises(ValueError, match=r"on node7; if that is gone, delete memory:///stale/lock"):
+                Lock(folder)
+    finally:
+        (folder / "lock").remove()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    """Some network file systems have none: the lock is then a file that is created only where none is."""
+
+    def refuse(stream, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    folder = Location(tmp_path)
+    held = Lock(folder)
+    assert "has no locks" in caplog.text
+    with pytest.raises(ValueError, match="is being written by process"):
+        Lock(folder)
+    held.release()
+    assert folder.names() == []
+
+
+def test_a_run_in_a_store_is_the_run_on_disk(tmp_path, monkeypatch):
+    """To the byte, through an interruption, with its scores and records read back from there."""
+    own = byte_level()
+    model = (tiny_model("llama", len(own)), own)
+    options = {"embedder": text_embedder, "batch_tokens": 300, "progress": False}
+    rows = make_rows("alpaca", 12)
+    miwv_fast.score(rows, model, output=tmp_path / "run", **options)
+    url = "memory://bucket/run"
+    with monkeypatch.context() as patch:
+        patch.setattr("miwv_fast.job.Job.run", lambda *_: (_ for _ in ()).throw(MemoryError("gone")))
+        with pytest.raises(MemoryError):
+            miwv_fast.score(rows, model, output=url, **options)
+    told = run_status(url)
+    assert not told["finished"] and told["written_by"] is None
+    miwv_fast.score(rows, model, output=url, **options)
+    assert run_status(url)["finished"]
+    names = set((Location(tmp_path) / "run").names()) - {"lock"}
+    assert set(Location(url).names()) == names
+    for name in ("scores.parquet", "rejected.jsonl", "manifest.json", "data.jsonl"):
+        assert (Location(url) / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    loaded = miwv_fast.load_scores(url)
+    assert loaded.embeddings is not None and np.array_equal(loaded.embeddings, np.load(tmp_path / "run/embeddings.npy"))
+    assert loaded.select(3) == miwv_fast.load_scores(tmp_path / "run").select(3)
+    with pytest.raises(ValueError, match="holds a run that differs in"):
+        miwv_fast.score(rows, model, output=url, include_eos=True, **options)
+    miwv_fast.score(rows, model, output=url, resume=False, include_eos=True, **options)
+    assert run_status("memory://bucket/run.old-1")["finished"]
