@@ -118,7 +118,8 @@ def _seconds(call: Callable[[Tensor], Any], logits: Tensor, on_cpu: bool) -> flo
     call(logits)
     ends.record()
     ends.synchronize()
-    return begins.elapsed_time(ends) / 1e3
+    milliseconds: float = begins.elapsed_time(ends)
+    return milliseconds / 1e3
 
 
 def keep_freed_memory() -> None:

@@ -67,7 +67,7 @@ def check_embedder(embedder: Embedder) -> None:
     """Raises ValueError, before anything large is loaded, if an embedder given by name is not to be had."""
     if not isinstance(embedder, str | Path) or Path(embedder).exists():
         return
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     # As sentence-transformers does: names without an owner are its own; any model of transformers will do.
     name = str(embedder)
