@@ -6,7 +6,9 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,14 @@ def test_types_are_shipped_and_name_all_that_is_compiled():
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert not result.failed
+
+
+def test_every_module_has_its_place():
+    """CONTRIBUTING's table names all modules, so that whoever looks for something finds it."""
+    root = Path(__file__).parents[1]
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`(\w+)`", text[text.index("## Where things are") : text.index("## Add an instruction set")])
+    )
+    modules = {path.stem for path in (root / "python" / "miwv_fast").glob("*.py")} - {"__init__"}
+    assert modules <= named
