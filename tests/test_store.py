@@ -5,22 +5,27 @@ pytest tests/test_store.py --faults 200      kills as many runs at random moment
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import miwv_fast
-from miwv_fast import job, neighbors
+from miwv_fast import embedding, formats, job, neighbors
 from miwv_fast.errors import Interrupted
 from miwv_fast.runner import Runner
 from miwv_fast.store import run_status
@@ -122,6 +127,210 @@ def test_stops_behind_the_unit_at_hand(folder, how):
     assert not told["finished"] and 3 <= told["units_done"] < told["units"] and told["written_by"] is None
     score(folder, name)
     assert outcome(folder, name) == outcome(folder, "undisturbed")
+
+
+STAGES = {
+    "reading": "miwv_fast.records._read_row",
+    "loading": "miwv_fast.scorer.LocalEngine",
+    "tokenizing": "miwv_fast.job.tokenize",
+    "embedding": "test_store.text_embedder",
+    "neighbours": "miwv_fast.engine.nearest",
+    "planning": "miwv_fast.job.plan_units",
+    "scoring": "miwv_fast.runner.Runner.run",
+    "joining": "miwv_fast.scorer.read_embeddings",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stops_in_every_stage(folder, stage, how, monkeypatch):
+    """What was finished is kept, embeddings call by call, and the next call makes only what is missing."""
+    name = f"stopped-{stage}-{how.name}"
+    calls: list[int] = []
+    before = signal.getsignal(how)
+
+    def counting(texts):
+        calls.append(len(texts))
+        return globals()["text_embedder"](texts)
+
+    counting.__module__, counting.__qualname__ = text_embedder.__module__, text_embedder.__qualname__
+    monkeypatch.setattr(embedding, "CALL_TEXTS", 8)
+    with monkeypatch.context() as patch:
+        real = pkgutil.resolve_name(STAGES[stage])
+        seen: list[object] = []
+
+        def stop(*arguments, **options):
+            seen.append(None)
+            if len(seen) == (3 if stage in ("reading", "embedding", "scoring") else 1):
+                os.kill(os.getpid(), how)
+            return real(*arguments, **options)
+
+        patch.setattr(STAGES[stage], stop)
+        with pytest.raises(Interrupted):
+            score(folder, name, embedder=counting)
+    assert signal.getsignal(how) is before
+    made = len(calls)
+    assert made == {"reading": 0, "loading": 0, "tokenizing": 0, "embedding": 3}.get(stage, 5)
+    score(folder, name, embedder=counting)
+    assert len(calls) == 5, "each text is embedded once, over both calls"
+    assert outcome(folder, name) == outcome(folder, "undisturbed")
+    assert not (folder / name / "embeddings").exists()
+
+
+def test_a_damaged_call_of_the_embedder_is_made_again(folder, monkeypatch, caplog):
+    monkeypatch.setattr(embedding, "CALL_TEXTS", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr("miwv_fast.engine.nearest", lambda *_: (_ for _ in ()).throw(MemoryError("gone")))
+        with pytest.raises(MemoryError):
+            score(folder, "calls")
+    kept = sorted((folder / "calls" / "embeddings").iterdir())
+    assert len(kept) == 5
+    kept[2].write_bytes(kept[2].read_bytes()[:-4])
+    with pytest.raises(ValueError, match="differs in"):
+        score(folder, "calls", template="plain")
+    score(folder, "calls")
+    assert "does not match its checksum; set aside" in caplog.text
+    assert outcome(folder, "calls") == outcome(folder, "undisturbed")
+
+
+def test_an_embedder_that_changed_is_another_run(folder, tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(embedding, "_load_embedder", lambda name, device: text_embedder)
+    score(folder, "embedder", embedder=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="embedder_content: "):
+        score(folder, "embedder", embedder=tmp_path)
+
+
+def write_by_other_hands(part: Path, table: pa.Table) -> None:
+    """A file whose checksum is right and whose content is not."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    content = sink.getvalue().to_pybytes()
+    part.unlink()
+    number = part.name.partition("-")[0]
+    part.with_name(f"{number}-{hashlib.sha256(content).hexdigest()[:32]}.parquet").write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["columns", "unit", "nulls", "metadata", "text"])
+def test_a_part_of_other_hands_is_refused(folder, what):
+    name = f"hands-{what}"
+    score(folder, name)
+    part, other = sorted((folder / name / "parts").iterdir())[3:5]
+    table = pq.read_table(part)
+    if what == "columns":
+        table = table.rename_columns(["one_shot", "number", "loss"])
+    elif what == "unit":
+        table = pq.read_table(other)
+    elif what == "nulls":
+        table = table.set_column(2, table.field(2), pa.nulls(len(table), pa.float32()))
+    elif what == "metadata":
+        table = table.replace_schema_metadata(None)
+    else:
+        table = table.replace_schema_metadata({"cost": "{}"})
+    write_by_other_hands(part, table)
+    with pytest.raises(ValueError, match=r"00000003-\w+\.parquet is whole, but .*move it away"):
+        score(folder, name)
+
+
+@pytest.mark.parametrize("what", ["columns", "length", "range", "itself", "bytes"])
+def test_neighbours_of_other_hands_are_refused(folder, what):
+    name = f"neighbours-{what}"
+    score(folder, name)
+    path = folder / name / "neighbors.parquet"
+    table = pq.read_table(path)
+    index = table["index"].combine_chunks().flatten().to_numpy().copy()
+    if what == "columns":
+        table = table.select(["similarity", "index"])
+    elif what == "length":
+        table = table.slice(1)
+    else:
+        index[4] = {"range": 41, "itself": 4}.get(what, 0)
+        table = table.set_column(0, table.field(0), pa.FixedSizeListArray.from_arrays(index, 1))
+    pq.write_table(table, path)
+    if what == "bytes":
+        path.write_bytes(b"PAR1 and no more")
+    manifest = json.loads((folder / name / "manifest.json").read_text())
+    manifest["neighbor_table"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / name / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"neighbors\.parquet is whole, but no neighbours of this run"):
+        score(folder, name)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
+def test_a_manifest_that_is_none(folder, content):
+    (folder / "torn").mkdir(exist_ok=True)
+    (folder / "torn" / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json (is not JSON|should be a JSON object)"):
+        score(folder, "torn")
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(folder):
+    """Its temporary file neither hides the run nor stays."""
+    (folder / "half").mkdir()
+    (folder / "half" / ".manifest.json.4711").write_text("{")
+    score(folder, "half")
+    (folder / "half" / "parts" / f".00000000-{'0' * 32}.parquet.4711").write_text("PAR1")
+    score(folder, "half")
+    assert not list((folder / "half").rglob(".*"))
+    assert outcome(folder, "half") == outcome(folder, "undisturbed")
+
+
+def test_data_that_vanish_in_the_middle(folder, tmp_path, monkeypatch):
+    """They are read once, before anything is scored; without them the scores are there, and only selecting is not."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((folder / "data.jsonl").read_bytes())
+    own = byte_level()
+    arguments = {"model": (tiny_model("llama", len(own)), own), "output": folder / "vanished", **OPTIONS}
+    real = Runner.run
+
+    def run(self, *rest):
+        data.unlink(missing_ok=True)
+        return real(self, *rest)
+
+    monkeypatch.setattr(Runner, "run", run)
+    vanished = miwv_fast.score(data, **arguments)
+    assert vanished.table.equals(miwv_fast.load_scores(folder / "undisturbed").table)
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*data\.jsonl"):
+        miwv_fast.score(data, **arguments)
+    with pytest.raises(ValueError, match="give the data that was scored"):
+        miwv_fast.load_scores(folder / "vanished").select(1)
+
+
+@pytest.mark.parametrize("when", [1, 2, 5])
+def test_data_that_cannot_be_read_to_their_end(folder, tmp_path, monkeypatch, when):
+    """An input/output error while reading: nothing is written, the file is named."""
+    real = formats._read_json_lines
+
+    def fail(path, stream):
+        for number, row in enumerate(real(path, stream)):
+            if number == when:
+                raise OSError(5, "Input/output error")
+            yield row
+
+    monkeypatch.setattr(formats, "_read_json_lines", fail)
+    with pytest.raises(ValueError, match=r"data\.jsonl cannot be read to its end: .*Input/output error"):
+        score(folder, f"unreadable-{when}")
+    assert not (folder / f"unreadable-{when}").exists()
+
+
+def test_a_file_as_large_as_files_may_be(folder):
+    """RLIMIT_FSIZE of 3 KiB, which any user can set: the run stops, whole; without the limit it goes on."""
+    script = f"""
+        import resource, signal
+        from test_store import Path, score
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3072, resource.RLIM_INFINITY))
+        try:
+            score(Path({str(folder)!r}), "limited")
+        except OSError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert "File too large" in done.stdout, done.stderr
+    assert not list((folder / "limited").rglob(".*")), "no temporary file may stay behind"
+    score(folder, "limited")
+    assert outcome(folder, "limited") == outcome(folder, "undisturbed")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "renamed"])

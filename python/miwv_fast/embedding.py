@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,31 @@ _MODEL_TEXTS = 512
 Embedder = str | Path | np.ndarray | torch.Tensor | Callable[[list[str]], Any]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An embedder whose calls are kept by number, so that after an interruption none is made twice.
+
+    `read(number)` gives the rows of a call that was made before, or None; `keep(number, rows)` is told of each new one.
+    """
+
+    embedder: str | Path | Callable[[list[str]], Any]
+    read: Callable[[int], np.ndarray | None]
+    keep: Callable[[int, np.ndarray], None]
+
+    def __call__(self, texts: list[str]) -> Any:
+        """What the embedder gives, where that is a callable; a named one is loaded by `embed`."""
+        if not callable(self.embedder):
+            raise TypeError("a named embedder is loaded before it is called")
+        return self.embedder(texts)
+
+
 def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, progress: Progress) -> np.ndarray:
     """Embeddings float32 [N, D] of `texts`, large_string [N]; rows of null texts are 0.
 
     An array is checked and returned as it is. Anything else embeds each distinct text once, so that equal texts have
     embeddings that are equal to the byte; a callable gets lists of at most 8,192 texts, the longest first, and may not
-    depend on which texts come together. Raises ValueError if the embedder's result is not one row of D numbers per
+    depend on which texts come together. Of a `Kept` embedder the calls that were kept are not made again. Raises
+    ValueError if the embedder's result is not one row of D numbers per
     text, or it cannot be loaded.
     """
     if isinstance(embedder, np.ndarray | torch.Tensor):
@@ -36,13 +58,13 @@ def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, pr
     first = np.full(len(distinct), len(texts), np.int64)
     np.minimum.at(first, place[wanted], wanted)
     order = np.argsort(-pc.binary_length(distinct).to_numpy(zero_copy_only=False), kind="stable")
-    encode = embedder if callable(embedder) else _load_embedder(embedder, device)
-    chunk = CALL_TEXTS if callable(embedder) else _MODEL_TEXTS
+    calls = _Calls(embedder, device)
+    chunk = CALL_TEXTS if callable(calls.embedder) else _MODEL_TEXTS
     embeddings: np.ndarray | None = None
     with progress.task("embedding", len(distinct), "records") as advance:
         for begin in range(0, len(order), chunk):
             chosen = order[begin : begin + chunk]
-            rows = np.asarray(encode(distinct.take(pa.array(chosen)).to_pylist()), np.float32)
+            rows = calls.embed(begin // chunk, distinct.take(pa.array(chosen)))
             width = rows.shape[-1] if embeddings is None else embeddings.shape[1]
             if rows.ndim != 2 or rows.shape != (len(chosen), width):
                 dimensions = "D" if embeddings is None else width
@@ -63,23 +85,66 @@ def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, pr
     return embeddings
 
 
+class _Calls:
+    """Calls of an embedder by their number; it is loaded for the first that has to be made."""
+
+    def __init__(self, embedder: str | Path | Kept | Callable[[list[str]], Any], device: str) -> None:
+        self.kept = embedder if isinstance(embedder, Kept) else None
+        self.embedder = embedder.embedder if isinstance(embedder, Kept) else embedder
+        self._device = device
+
+    @cached_property
+    def _encode(self) -> Callable[[list[str]], Any]:
+        return self.embedder if callable(self.embedder) else _load_embedder(self.embedder, self._device)
+
+    def embed(self, number: int, texts: pa.Array) -> np.ndarray:
+        rows = self.kept.read(number) if self.kept is not None else None
+        if rows is None:
+            rows = np.asarray(self._encode(texts.to_pylist()), np.float32)
+            if self.kept is not None and rows.ndim == 2 and len(rows) == len(texts):
+                self.kept.keep(number, rows)
+        return rows
+
+
 def check_embedder(embedder: Embedder) -> None:
     """Raises ValueError, before anything large is loaded, if an embedder given by name is not to be had."""
     if not isinstance(embedder, str | Path) or Path(embedder).exists():
         return
+    found = _find_on_hub(str(embedder))
+    if isinstance(found, Exception):
+        raise _cannot_load(str(embedder), found) from found
+
+
+def _find_on_hub(name: str) -> Path | Exception:
+    """A file of the embedder in the hub's cache, or why there is none."""
     from transformers.utils.hub import cached_file
 
     # As sentence-transformers does: names without an owner are its own; any model of transformers will do.
-    name = str(embedder)
     repository = name if "/" in name else f"sentence-transformers/{name}"
-    reason: Exception | None = None
+    reason: Exception = ValueError("no such model")
     for file in ("modules.json", "config.json"):
         try:
-            cached_file(repository, file)
-            return
+            return Path(str(cached_file(repository, file)))
         except (OSError, ValueError) as error:
             reason = error
-    raise _cannot_load(name, reason) from reason
+    return reason
+
+
+def identify_embedder(embedder: Embedder) -> str | None:
+    """What an embedder given by name is: the SHA-256 of a folder's files, or a hub's revision; None if absent."""
+    if not isinstance(embedder, str | Path):
+        return None
+    folder = Path(embedder)
+    if not folder.is_dir():
+        found = _find_on_hub(str(embedder))
+        return None if isinstance(found, Exception) or found.parent.parent.name != "snapshots" else found.parent.name
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode(errors="surrogateescape"))
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:

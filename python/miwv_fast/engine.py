@@ -106,7 +106,7 @@ class LocalEngine:
             self._runner.batch_tokens,
             self._runner.cache_tokens(),
             str(ops.build_info()["isa"]),
-            package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers")),
+            package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")),
         )
 
     def close(self) -> None:

@@ -160,6 +160,11 @@ class Location:
         with self._errors(), suppress(FileNotFoundError):
             self.local.unlink() if self.local else self._store.rm_file(self._path)
 
+    def remove_folder(self) -> None:
+        """Removes a folder and all that is in it, if it is there."""
+        with self._errors(), suppress(FileNotFoundError):
+            shutil.rmtree(self.local) if self.local else self._store.rm(self._path, recursive=True)
+
     def _at(self, path: str) -> Location:
         other = Location(self)
         other._path = path

@@ -124,6 +124,9 @@ class CausalLM:
         config = self.model.config.to_dict()
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
+        # The configuration does not say which attention was chosen, and that changes the last bits.
+        config["class"] = type(self.model).__name__
+        config["attention"] = getattr(self.model.config, "_attn_implementation", None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -112,6 +112,12 @@ def array_to_bytes(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def array_from_bytes(content: bytes) -> np.ndarray:
+    """The array in a .npy file."""
+    array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
 def read_table(content: bytes) -> pa.Table:
     """A Parquet file's table, read by this thread alone.
 

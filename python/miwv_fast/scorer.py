@@ -6,18 +6,24 @@ import hashlib
 import itertools
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from miwv_fast.embedding import DEFAULT_EMBEDDER, Embedder, check_embedder, check_embeddings
+from miwv_fast.embedding import (
+    DEFAULT_EMBEDDER,
+    Embedder,
+    Kept,
+    check_embedder,
+    check_embeddings,
+    identify_embedder,
+)
 from miwv_fast.engine import Engine, LocalEngine, ModelFacts
+from miwv_fast.errors import Interrupted
 from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
 from miwv_fast.job import Job
@@ -26,6 +32,7 @@ from miwv_fast.progress import Progress
 from miwv_fast.records import Records, read_records
 from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
+from miwv_fast.stopping import finishing, stoppable
 from miwv_fast.store import Run
 from miwv_fast.templates import CHAT_DATE, load_template, read_template
 
@@ -34,6 +41,7 @@ _SHOWN_REJECTIONS = 5
 _log = logging.getLogger(__name__)
 
 
+@stoppable
 def score(
     data: object,
     model: str | Path | tuple[Any, Any],
@@ -165,11 +173,13 @@ def _score_on(
         "model": {"name": facts.name, "sha256": None if output is None else engine.fingerprint()},
         "tokenizer": layout.encoder.fingerprint(),
         "embedder": _describe_embedder(embedder),
+        "embedder_content": None if output is None else identify_embedder(embedder),
         "template": {"name": layout.name, "source": layout.source, "chat_date": CHAT_DATE.date().isoformat()},
         "neighbors": neighbors,
         "include_eos": include_eos,
         "max_length": limit,
         "batch_tokens": facts.batch_tokens,
+        "cache_tokens": facts.cache_tokens,
         "share_prefix": share_prefix,
         "device": torch.device(facts.device).type,
         "dtype": facts.dtype,
@@ -211,7 +221,12 @@ def _score(
     found = run.neighbors(len(job.records), job.parents.shape[1]) if run is not None else None
     if found is None:
         scorable = job.pending()
-        embeddings = engine.embed(job.records.embedded_texts(scorable), embedder, bars)
+        texts = job.records.embedded_texts(scorable)
+        if run is None or isinstance(embedder, np.ndarray | torch.Tensor):
+            embeddings = engine.embed(texts, embedder, bars)
+        else:
+            with finishing() as stopping:
+                embeddings = engine.embed(texts, Kept(embedder, run.read_call, _keeper(run, stopping)), bars)
         found = engine.nearest(embeddings, scorable, job.parents.shape[1], bars)
         if run is None:
             kept = embeddings
@@ -224,33 +239,20 @@ def _score(
     if run is None:
         job.run(engine, bars)
     else:
-        with stop_signals() as stopping:
+        with finishing() as stopping:
             job.run(engine, bars, run, stopping)
     return kept
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGTERM or Ctrl-C has come; a second one ends the process at once, as ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    came = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _keeper(run: Run, stopping: Callable[[], bool]) -> Callable[[int, np.ndarray], None]:
+    """Keeps a call of the embedder, and stops behind it where a signal has come."""
 
-    def note(number: int, frame: object) -> None:
-        _log.warning("stopping when the unit at hand is finished; once more stops at once")
-        came.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    def keep(number: int, rows: np.ndarray) -> None:
+        run.keep_call(number, rows)
+        if stopping():
+            raise Interrupted("stopped while embedding; what was embedded is kept")
 
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield came.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return keep
 
 
 def _describe_embedder(embedder: Embedder) -> str:

@@ -28,7 +28,16 @@ from miwv_fast.forest import Unit
 from miwv_fast.lock import Lock, read_holder
 from miwv_fast.manifest import differences
 from miwv_fast.neighbors import Neighbors
-from miwv_fast.parts import neighbors_from_bytes, neighbors_to_bytes, read_parts, write_part
+from miwv_fast.parts import (
+    array_from_bytes,
+    array_to_bytes,
+    neighbors_from_bytes,
+    neighbors_to_bytes,
+    read_checked,
+    read_parts,
+    write_checked,
+    write_part,
+)
 from miwv_fast.rejections import Rejection
 from miwv_fast.runner import UnitResult
 from miwv_fast.scores import Scores
@@ -61,6 +70,7 @@ class Run:
             Lock(self.folder).release()  # nobody may be writing what is moved away
             _move_aside(self.folder)
         self.folder.make_folder()
+        self._calls: dict[int, Location] | None = None
         self._lock = Lock(self.folder)
         try:
             self._open()
@@ -81,7 +91,7 @@ class Run:
         self._lock.release()
 
     def _open(self) -> None:
-        for folder in (self.folder, self.folder / "parts"):
+        for folder in (self.folder, self.folder / "parts", self.folder / "embeddings"):
             for name in folder.names():
                 if _TEMPORARY.fullmatch(name):  # of a process that was killed while it wrote
                     (folder / name).remove()
@@ -95,7 +105,7 @@ class Run:
         if "neighbor_table" in old:
             found = ("neighbor_table", "neighbor_recall")
             self.manifest.update({name: old[name] for name in found if name in old})
-        elif not self._has_parts():
+        elif not self._has_parts() and not (self.folder / "embeddings").names():
             # Nothing was computed yet: somebody mended the call that failed.
             self._write_manifest()
             return
@@ -112,6 +122,22 @@ class Run:
 
     def _has_parts(self) -> bool:
         return any(name.endswith(".parquet") for name in (self.folder / "parts").names())
+
+    def read_call(self, number: int) -> np.ndarray | None:
+        """The rows float32 [M, D] that a call of the embedder gave before, None where it has to be made."""
+        if self._calls is None:
+            self._calls = {}
+            for path, kept, content in read_checked(self.folder / "embeddings", "npy"):
+                if content is None:
+                    self._set_aside(path, "its content does not match its checksum")
+                else:
+                    self._calls[kept] = path
+        found = self._calls.get(number)
+        return None if found is None else array_from_bytes(found.read_bytes())
+
+    def keep_call(self, number: int, rows: np.ndarray) -> None:
+        """Keeps the rows float32 [M, D] that a call of the embedder gave."""
+        write_checked(self.folder / "embeddings", number, array_to_bytes(rows), "npy")
 
     def neighbors(self, records: int, k: int) -> Neighbors | None:
         """The neighbours that were found before, None if there are none.
@@ -149,6 +175,7 @@ class Run:
         self.manifest["neighbor_table"] = digest
         self.manifest["neighbor_recall"] = neighbors.recall
         self._write_manifest()
+        (self.folder / "embeddings").remove_folder()  # they are in embeddings.npy now
 
     def save_plan(self, units: int, tokens: int) -> None:
         """Keeps how much there is to do, for `status`."""

@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 # Texts that later segments are encoded behind. One that ends in a newline rarely merges with what follows; the
 # others are for texts that begin with a newline, and for tokenizers that do not know the newline.
 _ANCHORS = ("\n", "a", ".", "0", "\u3042")
+_PROBE = "Gr\u00fc\u00dfe, 42 \u65e5\u672c\n\tx = [1.5];  def f(x):\r\n\U0001f600 don't"
 _BLANKS = " \t\r\n\u2581"
 _CALL_CHARACTERS = 1 << 20  # a tokenizer's result takes some 50 times the text
 
@@ -98,7 +99,9 @@ class SegmentEncoder:
         """SHA-256 of the tokenizer's vocabulary, merges, added tokens and rules, hexadecimal."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        # What the tokenizer puts around texts is not all in its backend, and a slow one's rules are code and files.
+        rules = [type(self.tokenizer).__name__, self.bos, self.tokenizer.eos_token_id, self._raw(_PROBE)]
+        return hashlib.sha256(text.encode() + json.dumps(rules).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a sequence of tokens, control tokens included, as it was before it was encoded."""
