@@ -110,6 +110,17 @@ def test_approximate_search(clustered, k, caplog):
     assert all(len(set(row)) == k for row in found.index[usable].tolist())
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_approximate_search_in_small_blocks_is_the_same(clustered, k, monkeypatch):
+    """However the queries and the groups of a cell are divided, up to the rounding of other products."""
+    whole = nearest(clustered, np.ones(3000, bool), k, "cpu", QUIET)
+    monkeypatch.setattr(approximate, "_BLOCK_QUERIES", 300)
+    monkeypatch.setattr(approximate, "BLOCK_ELEMENTS", 200)
+    parts = nearest(clustered, np.ones(3000, bool), k, "cpu", QUIET)
+    np.testing.assert_allclose(parts.similarity, whole.similarity, atol=2 * 16 * 1.2e-7, rtol=0)
+    assert (parts.index == whole.index).mean() > 0.999 and parts.recall == whole.recall
+
+
 def test_approximate_search_gives_everybody_k(clustered):
     """Cells with too few records are made up for exactly."""
     lonely = np.concatenate([clustered, 100 * np.eye(16, dtype=np.float32)])
