@@ -152,15 +152,18 @@ def _compare(
     `best` float32 [B, k], descending, is brought up to date.
     """
     chosen = torch.from_numpy(queries)
-    similarity = (rows[chosen] @ cells.units[cell.start : cell.stop].T).clamp_(-1, 1)
+    similarity = rows[chosen] @ cells.units[cell.start : cell.stop].T
     own = np.flatnonzero((places[queries] >= cell.start) & (places[queries] < cell.stop))
     similarity[torch.from_numpy(own), torch.from_numpy(places[queries[own]] - cell.start)] = -2.0
     k = best.shape[1]
     here = similarity.amax(dim=1, keepdim=True) if k == 1 else similarity.topk(min(k, len(cell)), dim=1).values
-    best[chosen] = torch.cat([best[chosen], here], dim=1).topk(k, dim=1).values
-    least = (best[chosen, -1:] - TIE).clamp(min=-1.5)
-    row, column = (part.numpy() for part in (similarity >= least).nonzero(as_tuple=True))
-    return queries[row], cell.start + column, similarity.numpy()[row, column]
+    best[chosen] = torch.cat([best[chosen], here.clamp_(max=1)], dim=1).topk(k, dim=1).values
+    least = (best[chosen, -1] - TIE).clamp(min=-1.5)
+    # Most cells hold nothing better than what was found before.
+    hit = (here[:, 0] >= least).nonzero()[:, 0]
+    near = similarity[hit].clamp_(max=1)
+    row, column = (part.numpy() for part in (near >= least[hit, None]).nonzero(as_tuple=True))
+    return queries[hit.numpy()[row]], cell.start + column, near.numpy()[row, column].clip(-1)
 
 
 def _exact_best(groups: Groups, sample: np.ndarray) -> np.ndarray:
