@@ -116,9 +116,9 @@ def score(
         raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
     choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
+    source = open_source(data)
     if output is None or not (Location(output) / "neighbors.parquet").exists():
         check_embedder(embedder)
-    source = open_source(data)
     records = read_records(source)
     budget = None if batch_tokens == "auto" else batch_tokens
     if isinstance(model, tuple) or engine == "local":
