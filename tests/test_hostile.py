@@ -6,6 +6,7 @@ import decimal
 import gzip
 import json
 import lzma
+import resource
 import subprocess
 import sys
 import textwrap
@@ -21,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fuzz_records
-from miwv_fast import formats, json_array, ops, unpack
+from miwv_fast import formats, json_array, ops, sandbox, unpack
 from miwv_fast.records import MalformedRecord, parse_record, read_records
 from miwv_fast.sources import open_source
-from miwv_fast.templates import load_template
+from miwv_fast.templates import compile_pair, load_template
 from miwv_fast.tokens import SegmentEncoder
 from support import TOKENIZERS
 
@@ -300,6 +301,92 @@ def test_csv_headers(tmp_path):
     assert records[0].turns[0].instruction == 'a "b"\n' and records[0].turns[0].response == "c\0"
     assert [(r.index, r.location.rpartition(":")[2]) for r in records.rejections] == [(1, "6"), (2, "7")]
     assert "bytes that are not UTF-8" in records.rejections[0].reason
+
+
+BOMBS = {
+    "multiplied": "{{ 'a' * 10**10 }}",
+    "repeated": "{{ 'a' * 10000000000 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "long range": "{% for i in range(1000000000) %}{% endfor %}",
+    "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",
+    "doubled": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='aa') %}"
+    "{% for i in range(99) %}{% set n.x = m(n.x) %}{% endfor %}{{ n.x }}",
+    "squared": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "format": "{{ '%9999999999d' % 1 }}",
+    "str.format": "{{ '{:>9999999999}'.format(1) }}",
+    "center": "{{ 'a' | center(9999999999) }}",
+    "ljust": "{{ 'a'.ljust(9999999999) }}",
+    "written": "{{ 'a' * 2000000 }}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "files": "{% include '/etc/passwd' %}",
+    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "division": "{{ 1 // 0 }}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("kind", ["jinja", "chat"])
+def test_templates_of_strangers_cost_little(tmp_path, monkeypatch, kind, name):
+    """Whatever they try, in memory, time or privileges, it is a ValueError; and what a score may add is as before."""
+    monkeypatch.setattr(sandbox, "_MAX_STEPS", 200_000)
+    monkeypatch.setattr(sandbox, "_MAX_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "_MAX_BYTES", 128 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()
+    own = TOKENIZERS["byte_level"]()
+    with pytest.raises(ValueError, match="template"):
+        if kind == "chat":
+            own.chat_template = BOMBS[name] + own.chat_template
+            template = load_template("chat", own)
+            template.zero_shot(parse_record(GOOD))
+        else:
+            path = tmp_path / "bomb.jinja"
+            path.write_text(
+                "{% set separator = '\\n' %}{% macro prompt(instruction, input) %}{{ instruction }}\n"
+                + BOMBS[name]
+                + "\n{% endmacro %}"
+            )
+            load_template(path, own)
+    assert (resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()) == before
+
+
+JINJA_PIECES = [
+    *("{{", "}}", "{%", "%}", "{#", "#}", "-%}", " ", "\n", "(", ")", "[", "]", "'", '"', "|", "~", "*", "**", "%"),
+    *("instruction", "input", "prompt", "loop", "range(9)", "namespace(a=1)", "self", "caller()", "''.join", "a"),
+    *("{% if a %}", "{% for a in 'ab' %}", "{% endfor %}", "{% endif %}", "{% set a = 1 %}", "{{ instruction }}\n"),
+    *(
+        "{% macro prompt(instruction, input) %}",
+        "{% endmacro %}",
+        "{% set separator = 'x' %}",
+        "{% raw %}",
+        "\ufdd00\ufdd1",
+    ),
+]
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(pieces=st.lists(st.sampled_from(JINJA_PIECES) | st.text(max_size=3), max_size=10), whole=st.booleans())
+def test_any_source_is_a_template_or_a_reason(pieces, whole):
+    source = "".join(pieces)
+    if whole:
+        source = "{% set separator = 'x' %}{% macro prompt(instruction, input) %}" + source + "{% endmacro %}"
+    try:
+        prompt, separator = compile_pair("case", source)
+    except ValueError as error:
+        assert "template case" in str(error)
+        return
+    assert isinstance(separator, str)
+    assert callable(prompt) or prompt is not None
+
+
+def test_text_that_imitates_a_placeholder(tokenizer):
+    """What stands for control tokens inside cannot be written in a text."""
+    encoder = SegmentEncoder(tokenizer)
+    for number in tokenizer.added_tokens_decoder:
+        text = f"a \ufdd0{number}\ufdd1 b"
+        ids = encoder.text(text, True)
+        assert encoder.decode(ids) == text or tokenizer.unk_token_id in ids
 
 
 def test_names_in_data_are_never_opened(tmp_path):

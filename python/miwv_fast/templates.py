@@ -14,6 +14,7 @@ import jinja2.sandbox
 
 from miwv_fast.assembly import Layout, Prompt, Response, Slot, TokenSequence, assemble, lay_out
 from miwv_fast.records import Record, Turn
+from miwv_fast.sandbox import check_length, check_source, limits
 from miwv_fast.tokens import SegmentEncoder
 
 # What `strftime_now` gives to chat templates that read the clock, so that a score does not depend on the day.
@@ -160,15 +161,13 @@ def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], object], 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    try:
+    check_source(f"template {name}", source)
+    with limits(f"template {name}"):
         module: Any = environment.from_string(source).module
-        return module.prompt, str(module.separator)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"template {name}: {error}") from error
-    except AttributeError as error:
-        raise ValueError(
-            f"template {name} should define a macro prompt(instruction, input) and set separator: {error}"
-        ) from error
+        missing = [part for part in ("prompt", "separator") if not hasattr(module, part)]
+        if missing:
+            raise ValueError(f"it should define a macro prompt(instruction, input) and set separator: no {missing[0]}")
+        return module.prompt, check_length(f"template {name}", str(module.separator))
 
 
 class PairTemplate:
@@ -222,10 +221,9 @@ class PairTemplate:
         return segments
 
     def _render_uncached(self, has_instruction: bool, has_input: bool) -> list[str | int]:
-        try:
+        with limits(f"template {self.name}"):
             text = str(self._macro(_slot(0) if has_instruction else "", _slot(1) if has_input else ""))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"template {self.name}: {error}") from error
+        check_length(f"template {self.name}", text)
         if text.endswith((" ", "\t")):
             raise ValueError(f"template {self.name}: the prompt ends in a space; end it in a newline")
         rendered = _split_slots(text)
@@ -247,6 +245,7 @@ class ChatTemplate:
         if not encoder.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use template='alpaca' or 'plain'")
         self.source = str(encoder.tokenizer.get_chat_template())
+        check_source("the chat template", self.source)
         self._template = (_FIXED_CLOCK if "strftime_now" in self.source else "") + self.source
         self._render = lru_cache(self._render_uncached)
         self._system_first = self._allows("system", "user")
@@ -309,8 +308,8 @@ class ChatTemplate:
 
     def _apply(self, roles: tuple[str, ...], add_generation_prompt: bool) -> str:
         messages = [{"role": role, "content": _slot(place)} for place, role in enumerate(roles)]
-        try:
-            return str(
+        with limits(f"the chat template cannot render the messages {', '.join(roles)}"):
+            text = str(
                 self.encoder.tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
@@ -318,8 +317,7 @@ class ChatTemplate:
                     chat_template=self._template,
                 )
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template cannot render the messages {', '.join(roles)}: {error}") from error
+        return check_length("the chat template", text)
 
     def _allows(self, *roles: str) -> bool:
         try:

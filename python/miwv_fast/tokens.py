@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -180,6 +181,9 @@ def _without_controls(tokenizer: Any, controls: dict[str, Any]) -> Any:
             kept.append(token)
         elif token["content"] not in known:
             # Numbered after the vocabulary: without a placeholder the tokens behind it would move up.
-            kept.append({**token, "content": f"\ufdd0{token['id']}\ufdd1", "special": False, "normalized": False})
+            # It is drawn anew, so that no text can hold it.
+            kept.append(
+                {**token, "content": f"\ufdd0{secrets.token_hex(16)}\ufdd1", "special": False, "normalized": False}
+            )
     spec["added_tokens"] = kept
     return Tokenizer.from_str(json.dumps(spec))

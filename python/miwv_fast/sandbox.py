@@ -1,0 +1,101 @@
+"""Templates of strangers: Jinja's sandbox keeps them from files and code, and this keeps them small and short."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+import jinja2.sandbox
+
+MAX_SOURCE_CHARACTERS = 1 << 20
+MAX_RENDERED_CHARACTERS = 1 << 20
+_MAX_BYTES = 512 << 20
+_MAX_STEPS = 1_000_000
+_MAX_SECONDS = 20.0
+_FILE = "<template>"  # what Jinja calls the code of a template that came from no file
+
+
+class _TooMuch(Exception):
+    """A template went beyond what it may cost."""
+
+
+@contextmanager
+def limits(name: str) -> Iterator[None]:
+    """Inside, templates are compiled and rendered; whatever they do wrong comes out as ValueError, naming the template.
+
+    Limited are the lines run (loops, however nested), the seconds, and the memory that the process may add.
+    """
+    steps, end = 0, time.monotonic() + _MAX_SECONDS
+
+    def step(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > _MAX_STEPS or time.monotonic() > end:
+            raise _TooMuch(f"it takes more than {_MAX_STEPS:,} steps, or {_MAX_SECONDS:.0f} seconds")
+        return step
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        return step if frame.f_code.co_filename == _FILE else None
+
+    before = sys.gettrace()
+    with _little_memory():
+        sys.settrace(enter)
+        try:
+            yield
+        except MemoryError:
+            raise ValueError(f"{name}: it takes more than {_MAX_BYTES >> 20} MiB of memory") from None
+        except Exception as error:  # whatever code that anybody wrote may raise
+            raise ValueError(f"{name}: {error or type(error).__name__}") from error
+        finally:
+            sys.settrace(before)
+
+
+def check_source(name: str, source: str) -> None:
+    """Raises ValueError for a source that is too long, or computes powers: one of those can take days."""
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise ValueError(f"{name}: its source has more than {MAX_SOURCE_CHARACTERS:,} characters")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    with limits(name):
+        try:
+            tree = environment.parse(source)
+        except jinja2.TemplateSyntaxError:  # a tag that only the tokenizer's own environment knows, or a mistake
+            if "**" in source:
+                raise
+            return
+        if tree.find(jinja2.nodes.Pow) is not None:
+            raise ValueError("it computes a power (**), which no prompt needs")
+
+
+def check_length(name: str, text: str) -> str:
+    """The text; ValueError where it is too long for a prompt around its texts."""
+    if len(text) > MAX_RENDERED_CHARACTERS:
+        raise ValueError(f"{name}: it writes more than {MAX_RENDERED_CHARACTERS:,} characters around the texts")
+    return text
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Lets the process add so much memory and no more; where the system does not say how much it has, any."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        with open("/proc/self/statm") as stream:
+            held = int(stream.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    allowed = held + _MAX_BYTES
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
