@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import gzip
+import itertools
 import json
 import lzma
 import resource
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fuzz_records
-from miwv_fast import formats, json_array, ops, sandbox, unpack
+from miwv_fast import formats, json_array, ops, sandbox, sources, unpack
 from miwv_fast.records import MalformedRecord, parse_record, read_records
 from miwv_fast.sources import open_source
 from miwv_fast.templates import compile_pair, load_template
@@ -387,6 +388,13 @@ def test_text_that_imitates_a_placeholder(tokenizer):
         text = f"a \ufdd0{number}\ufdd1 b"
         ids = encoder.text(text, True)
         assert encoder.decode(ids) == text or tokenizer.unk_token_id in ids
+
+
+def test_data_without_an_end(monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ITERABLE_RECORDS", 100)
+    assert len(list(open_source(iter([GOOD] * 100)).rows())) == 100
+    with pytest.raises(ValueError, match="more than 100 records, perhaps without end"):
+        open_source(itertools.repeat(GOOD))
 
 
 def test_names_in_data_are_never_opened(tmp_path):

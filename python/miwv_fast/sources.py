@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import lzma
 import os
 import zlib
@@ -16,6 +17,10 @@ from miwv_fast.formats import Row, read_file
 from miwv_fast.unpack import FORMATS, split_suffixes
 
 _DAMAGE = (EOFError, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+# What an iterable without a length may give: it is held in memory, and may have no end.
+MAX_ITERABLE_RECORDS = 5_000_000
 
 
 class Source(Protocol):
@@ -49,12 +54,22 @@ def open_source(data: object) -> Source:
     if type(data).__module__.partition(".")[0] == "datasets":
         return ObjectSource(_single_split(data), "the data set", {"fingerprint": getattr(data, "_fingerprint", None)})
     if isinstance(data, Iterable) and not isinstance(data, dict | bytes):
-        rows = data if isinstance(data, Sequence) else list(data)
+        rows = data if isinstance(data, Sequence) else _collect(data)
         return ObjectSource(rows, "the data")
     raise TypeError(
         "data should be a path, a list of paths, a Hugging Face data set or its name, or an iterable of dicts; "
         f"it is {type(data).__name__}"
     )
+
+
+def _collect(data: Iterable[Any]) -> list[Any]:
+    rows = list(itertools.islice(data, MAX_ITERABLE_RECORDS + 1))
+    if len(rows) > MAX_ITERABLE_RECORDS:
+        raise ValueError(
+            f"the data give more than {MAX_ITERABLE_RECORDS:,} records, perhaps without end; write them to a file, or "
+            "give a list"
+        )
+    return rows
 
 
 class ObjectSource:
