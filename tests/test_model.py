@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
 import pytest
 import torch
 
+from miwv_fast.embedding import embed
 from miwv_fast.model import load_model
+from miwv_fast.progress import Progress
 from support import byte_level, tiny_model
 
 
@@ -54,3 +61,29 @@ def test_unusable_models(tmp_path):
         load_model((1, 2, 3))
     with pytest.raises(ValueError, match="no CUDA device" if not torch.cuda.is_available() else "unknown device"):
         load_model(tmp_path, device="cuda" if not torch.cuda.is_available() else "gpu")
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path):
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("configuration_own.py", "modeling_own.py", "tokenization_own.py"):
+        (tmp_path / name).write_text(code)
+    own = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    tokenizer = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="cannot load the"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="cannot load the embedder"):
+        embed(pa.chunked_array([["a"]], pa.large_string()), tmp_path, "cpu", Progress(False))
+    assert not marker.exists()
+
+
+def test_pickled_weights_of_an_embedder_are_refused(tmp_path, minilm):
+    for path in Path(minilm).rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            (tmp_path / path.relative_to(minilm)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(minilm))
+    torch.save({"never": "loaded"}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the embedder"):
+        embed(pa.chunked_array([["a"]], pa.large_string()), tmp_path, "cpu", Progress(False))
