@@ -326,7 +326,12 @@ def test_a_file_as_large_as_files_may_be(folder):
         except OSError as error:
             print(error)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
     assert "File too large" in done.stdout, done.stderr
     assert not list((folder / "limited").rglob(".*")), "no temporary file may stay behind"
     score(folder, "limited")
