@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -16,7 +21,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 import miwv_fast
-from miwv_fast import job, ray_engine
+from miwv_fast import job, ray_cluster, ray_engine, scorer
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.errors import Interrupted
+from miwv_fast.forest import Unit
+from miwv_fast.ray_worker import Score
 from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
 
@@ -94,3 +103,102 @@ def test_an_actor_dies(folder, cluster, monkeypatch):
     assert outcome(folder, "actor") == outcome(folder, "local")
     assert len(set(workers)) >= 2 and workers[2] not in workers[15:]
     assert ray.is_initialized(), "a session of the caller is left alive"
+
+
+def test_local_ray_local(folder, cluster, monkeypatch, minilm):
+    """Begun here, gone on with on Ray until it is stopped, finished here: the same bytes, each unit once."""
+    options = {"embedder": minilm}
+    score(folder, "named", **options)
+    stops = iter([False] * 6 + [True] * 99)
+    monkeypatch.setattr(scorer, "stop_signals", lambda: nullcontext(lambda: next(stops)))
+    with pytest.raises(Interrupted):
+        score(folder, "mixed", **options)
+    begun = set((folder / "mixed" / "parts").iterdir())
+    stops = iter([False] * 6 + [True] * 99)
+    with pytest.raises(Interrupted):
+        score(folder, "mixed", **options, **ON_RAY)
+    gone_on = set((folder / "mixed" / "parts").iterdir())
+    assert begun < gone_on and len(gone_on) < len(set((folder / "named" / "parts").iterdir()))
+    stops = iter([False] * 99)
+    score(folder, "mixed", **options)
+    assert outcome(folder, "mixed") == outcome(folder, "named")
+    assert {path.name for path in gone_on} <= {path.name for path in (folder / "mixed" / "parts").iterdir()}
+
+
+def test_a_worker_with_another_model(folder, cluster):
+    """Each side is named; a worker without the file says so."""
+    engine = ray_engine.RayEngine(folder / "model", None, "auto", "auto", 300, workers=1)
+    facts = replace(engine.facts, versions={**engine.facts.versions, "torch": "1.0"})
+    missing = replace(engine._choice, model=str(folder / "nowhere"))
+    for task, message in (
+        (Score(engine._choice, facts, engine.fingerprint()), "versions.*here.*1.0.*on the first worker"),
+        (Score(missing, facts, engine.fingerprint()), "no such model folder"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            task.start()
+    engine._fingerprint = "0" * 64
+    unit = Unit(*(np.empty(0, np.int64) for _ in range(3)), np.array([0]), np.empty(0, np.int64))
+    one = TokenSequence(*(np.array(values, np.int32) for values in ([1, 2], [0], [2])))
+    sequences = SimpleNamespace(zero_shot=lambda record: one)
+    with pytest.raises(ValueError, match=r"worker on .*weights .* here, 0000.* on the first worker"):
+        list(engine.run([(0, unit)], sequences, lambda tokens: None))
+
+
+def test_a_node_dies(folder, cluster, monkeypatch):
+    """A whole machine with its worker goes; the other one does all that is left, neighbours and scores as ever."""
+    embeddings = text_embedder([str(row) for row in range(41)])
+    score(folder, "array", embedder=embeddings)
+    after(monkeypatch, 6, lambda worker: cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False))
+    score(folder, "node", embedder=embeddings, **ON_RAY)
+    assert outcome(folder, "node") == outcome(folder, "array")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "ray", "model": ("model", "tokenizer")}, TypeError, "name or folder"),
+        ({"engine": "dask"}, ValueError, "'local' or 'ray'"),
+        ({"workers": 2}, ValueError, "workers is for engine='ray'"),
+        ({"engine": "ray", "workers": 0}, ValueError, "at least 1"),
+        ({"engine": "ray", "gpus_per_worker": 1.5}, ValueError, "whole number"),
+        ({"engine": "ray", "device": "cuda:1"}, ValueError, "use auto, cpu or cuda"),
+    ],
+)
+def test_wrong_arguments(folder, options, error, message):
+    model = options.pop("model", str(folder / "model"))
+    with pytest.raises(error, match=message):
+        miwv_fast.score(folder / "data.jsonl", model, **options)
+
+
+def test_without_ray(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(ValueError, match=r"pip install 'miwv-fast\[ray\]'"):
+        score(folder, "never", engine="ray")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "expected"),
+    [
+        ([{"CPU": 8, "GPU": 8}], None, None, (8, 0, 1)),
+        ([{"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 4}], None, 4, (3, 0, 4)),
+        ([{"CPU": 8}, {"CPU": 16}], None, None, (2, 8, 0)),
+        ([{"CPU": 8}, {"CPU": 16}], 6, None, (6, 4, 0)),
+        ([{"CPU": 8, "GPU": 2}], None, 4, "no machine of the Ray cluster has 4 GPUs; they have 2"),
+        ([{"CPU": 8, "GPU": 2}], 3, 1, "room for 2"),
+        ([{"CPU": 2}], 3, None, "2 processors"),
+    ],
+)
+def test_how_workers_share_machines(nodes, workers, gpus, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            ray_cluster.share(nodes, workers, gpus, own=False, verbose=False)
+        return
+    found = ray_cluster.share(nodes, workers, gpus, own=False, verbose=False)
+    assert (found.workers, found.cpus_per_worker, found.gpus_per_worker) == expected
+
+
+def test_unreachable_address(folder):
+    with pytest.raises(ValueError, match="Ray Client is not supported"):
+        ray_cluster.start("ray://nowhere:1", verbose=False)
+    with pytest.raises(ValueError, match=r"cannot reach a Ray cluster at '127\.0\.0\.1:1'"):
+        ray_cluster.start("127.0.0.1:1", verbose=False)

@@ -78,6 +78,13 @@ def score(
     share_prefix: Annotated[bool, typer.Option(help="Run one-shot passes behind kept demonstrations.")] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move a run that OUTPUT holds aside and start over.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress bars; default: on a terminal.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: many GPUs and machines.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster, auto or HOST:PORT; default: this machine alone.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Copies of the model under Ray; default: one per GPU.")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs of each copy; default: 1, if any.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray says, and more of our own.")] = False,
 ) -> None:
     """Scores every record of DATA and writes the scores to a run folder; the same command goes on after a stop.
 
@@ -85,6 +92,8 @@ def score(
     """
     import miwv_fast
 
+    if verbose:
+        logging.getLogger("miwv_fast").setLevel(logging.INFO)
     scores = miwv_fast.score(
         data[0] if len(data) == 1 else data,
         model,
@@ -101,6 +110,10 @@ def score(
         output=output,
         resume=not fresh,
         progress="auto" if progress is None else progress,
+        engine=engine,  # type: ignore[arg-type]
+        ray_address=ray_address,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
     )
     counts = ", ".join(f"{count} {status}" for status, count in scores.counts().items())
     typer.echo(f"{len(scores)} records: {counts}")

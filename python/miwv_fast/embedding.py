@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ CALL_TEXTS = 8192
 _MODEL_TEXTS = 512
 
 Embedder = str | Path | np.ndarray | torch.Tensor | Callable[[list[str]], Any]
+# Embeds chunks of texts, of which there are so many: the place of each chunk and its rows, in any order.
+Chunks = Callable[[Iterator[pa.Array], int], Generator[tuple[int, Any]]]
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,19 @@ class Kept:
         return self.embedder(texts)
 
 
-def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, progress: Progress) -> np.ndarray:
+def embed(
+    texts: pa.Array | pa.ChunkedArray,
+    embedder: Embedder,
+    device: str,
+    progress: Progress,
+    elsewhere: Chunks | None = None,
+) -> np.ndarray:
     """Embeddings float32 [N, D] of `texts`, large_string [N]; rows of null texts are 0.
 
     An array is checked and returned as it is. Anything else embeds each distinct text once, so that equal texts have
     embeddings that are equal to the byte; a callable gets lists of at most 8,192 texts, the longest first, and may not
-    depend on which texts come together. Of a `Kept` embedder the calls that were kept are not made again. Raises
-    ValueError if the embedder's result is not one row of D numbers per
+    depend on which texts come together. Of a `Kept` embedder the calls that were kept are not made again; a named one
+    runs `elsewhere` where that is given. Raises ValueError if the embedder's result is not one row of D numbers per
     text, or it cannot be loaded.
     """
     if isinstance(embedder, np.ndarray | torch.Tensor):
@@ -58,13 +67,13 @@ def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, pr
     first = np.full(len(distinct), len(texts), np.int64)
     np.minimum.at(first, place[wanted], wanted)
     order = np.argsort(-pc.binary_length(distinct).to_numpy(zero_copy_only=False), kind="stable")
-    calls = _Calls(embedder, device)
+    calls = _Calls(embedder, device, elsewhere)
     chunk = CALL_TEXTS if callable(calls.embedder) else _MODEL_TEXTS
+    chunks = [order[begin : begin + chunk] for begin in range(0, len(order), chunk)]
     embeddings: np.ndarray | None = None
-    with progress.task("embedding", len(distinct), "records") as advance:
-        for begin in range(0, len(order), chunk):
-            chosen = order[begin : begin + chunk]
-            rows = calls.embed(begin // chunk, distinct.take(pa.array(chosen)))
+    with progress.task("embedding", len(distinct), "records") as advance, closing(calls.run(distinct, chunks)) as made:
+        for number, rows in made:
+            chosen = chunks[number]
             width = rows.shape[-1] if embeddings is None else embeddings.shape[1]
             if rows.ndim != 2 or rows.shape != (len(chosen), width):
                 dimensions = "D" if embeddings is None else width
@@ -88,22 +97,42 @@ def embed(texts: pa.Array | pa.ChunkedArray, embedder: Embedder, device: str, pr
 class _Calls:
     """Calls of an embedder by their number; it is loaded for the first that has to be made."""
 
-    def __init__(self, embedder: str | Path | Kept | Callable[[list[str]], Any], device: str) -> None:
+    def __init__(
+        self, embedder: str | Path | Kept | Callable[[list[str]], Any], device: str, elsewhere: Chunks | None
+    ) -> None:
         self.kept = embedder if isinstance(embedder, Kept) else None
         self.embedder = embedder.embedder if isinstance(embedder, Kept) else embedder
         self._device = device
+        self._elsewhere = elsewhere
 
     @cached_property
     def _encode(self) -> Callable[[list[str]], Any]:
-        return self.embedder if callable(self.embedder) else _load_embedder(self.embedder, self._device)
+        return self.embedder if callable(self.embedder) else load_embedder(self.embedder, self._device)
 
-    def embed(self, number: int, texts: pa.Array) -> np.ndarray:
-        rows = self.kept.read(number) if self.kept is not None else None
-        if rows is None:
-            rows = np.asarray(self._encode(texts.to_pylist()), np.float32)
-            if self.kept is not None and rows.ndim == 2 and len(rows) == len(texts):
-                self.kept.keep(number, rows)
-        return rows
+    def run(self, texts: pa.Array, chunks: list[np.ndarray]) -> Generator[tuple[int, np.ndarray]]:
+        """Number and rows of every call: first those that were kept, then the others, `elsewhere` in any order."""
+        left = []
+        for number in range(len(chunks)):
+            rows = self.kept.read(number) if self.kept is not None else None
+            if rows is None:
+                left.append(number)
+            else:
+                yield number, rows
+        taken = (texts.take(pa.array(chunks[number])) for number in left)
+        if self._elsewhere is None or callable(self.embedder):
+            run = self._run_here(taken)
+        else:
+            run = self._elsewhere(taken, len(left))
+        with closing(run) as made:
+            for place, result in made:
+                number, rows = left[place], np.asarray(result, np.float32)
+                if self.kept is not None and rows.ndim == 2 and len(rows) == len(chunks[number]):
+                    self.kept.keep(number, rows)
+                yield number, rows
+
+    def _run_here(self, chunks: Iterator[pa.Array]) -> Generator[tuple[int, Any]]:
+        for place, texts in enumerate(chunks):
+            yield place, self._encode(texts.to_pylist())
 
 
 def check_embedder(embedder: Embedder) -> None:
@@ -166,7 +195,8 @@ def _find_distinct(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Ar
     return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
 
 
-def _load_embedder(name: str | Path, device: str) -> Callable[[list[str]], np.ndarray]:
+def load_embedder(name: str | Path, device: str) -> Callable[[list[str]], np.ndarray]:
+    """Gives embeddings [N, D] of texts by a model of sentence-transformers. Raises ValueError where there is none."""
     from sentence_transformers import SentenceTransformer
 
     try:

@@ -93,8 +93,9 @@ class LocalEngine:
         device: str,
         dtype: str | torch.dtype,
         batch_tokens: int | None,
+        device_map: str | None = None,
     ) -> None:
-        lm = load_model(model, tokenizer, device, dtype)
+        lm = load_model(model, tokenizer, device, dtype, device_map)
         self._runner = Runner(lm, lm.default_batch_tokens() if batch_tokens is None else batch_tokens)
         self.tokenizer = lm.tokenizer
         self.facts = ModelFacts(

@@ -49,13 +49,13 @@ class Prefixes:
         """These rows, which may repeat, as wide as the longest of them; one row is expanded and not copied."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
-        index = torch.from_numpy(rows).to(self.layers[0][0].device)
+        index = torch.from_numpy(rows)
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
             tensor = tensor[:, :, :width]
             if (rows == rows[0]).all():
                 return tensor[int(rows[0])].expand(len(rows), *tensor.shape[1:])
-            return tensor.index_select(0, index)
+            return tensor.index_select(0, index.to(tensor.device))
 
         return Prefixes([(take(keys), take(values)) for keys, values in self.layers], lengths)
 
@@ -220,12 +220,14 @@ def load_model(
     tokenizer: Any = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
+    device_map: str | None = None,
 ) -> CausalLM:
     """Loads a model by hub name, folder or GGUF file, or takes a loaded `(model, tokenizer)` pair as it is.
 
-    `dtype` auto: float32 on a CPU, the checkpoint's type on a GPU. Weights are read from safetensors or GGUF; code and
-    pickles from a hub or folder are never run, but a pair can be loaded by whatever means. Raises FileNotFoundError
-    for a missing file, ValueError for a model or tokenizer that cannot be loaded, with the reason.
+    `dtype` auto: float32 on a CPU, the checkpoint's type on a GPU. `device_map` (accelerate) spreads a model given by
+    name over the GPUs that this process sees. Weights are read from safetensors or GGUF; code and pickles from a hub or
+    folder are never run, but a pair can be loaded by whatever means. Raises FileNotFoundError for a missing file,
+    ValueError for a model or tokenizer that cannot be loaded, with the reason.
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
@@ -248,6 +250,9 @@ def load_model(
     tokenizer = load_tokenizer(model, tokenizer)
     # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
     safe = extra or {"use_safetensors": True}
+    if device_map is not None:
+        loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen, "device_map": device_map})
+        return CausalLM(loaded, tokenizer, str(model))
     loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen})
     return CausalLM(loaded.to(target), tokenizer, str(model))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,7 +70,17 @@ class Near:
     similarity: np.ndarray
 
 
-def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str, progress: Progress) -> Neighbors:
+Search = Callable[[Groups, int], Generator[Near]]
+
+
+def nearest(
+    embeddings: np.ndarray,
+    candidates: np.ndarray,
+    k: int,
+    device: str,
+    progress: Progress,
+    elsewhere: Search | None = None,
+) -> Neighbors:
     """The k most similar other records by cosine, for each record in `candidates` (bool [N]), among them.
 
     Byte-identical embeddings form one group; similarities within 1e-6 of the best of those that are left are ties;
@@ -77,7 +88,8 @@ def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str,
 
     Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
     embeddings is a copy of them and 256 MiB. Above, where FAISS is installed, its k-means divides them into cells,
-    those of the nearest cells are compared, and `recall` says how many of the nearest were found.
+    those of the nearest cells are compared, and `recall` says how many of the nearest were found. The exact search runs
+    `elsewhere` where that is given.
     """
     n = len(embeddings)
     result = Neighbors.none(n, k)
@@ -90,6 +102,8 @@ def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str,
 
         near, recall = find_near(groups, k, progress)
         result = replace(result, recall=recall)
+    elif elsewhere is not None:
+        near = _show(elsewhere(groups, k), len(groups), progress)
     else:
         near = exact_near(groups, np.arange(len(groups)), k, device, progress)
     for part in near:
@@ -100,24 +114,42 @@ def nearest(embeddings: np.ndarray, candidates: np.ndarray, k: int, device: str,
 def exact_near(groups: Groups, wanted: np.ndarray, k: int, device: str, progress: Progress) -> Iterator[Near]:
     """The k most similar other groups of the wanted ones, and their ties, block by block."""
     unit = torch.from_numpy(groups.unit(np.arange(len(groups)))).to(device)
-    block = max(1, BLOCK_ELEMENTS // len(groups))
+    block = block_rows(len(groups))
     begun = time.perf_counter()
     with progress.task("neighbours", len(wanted), "records") as advance:
         for begin in range(0, len(wanted), block):
-            rows = torch.from_numpy(wanted[begin : begin + block]).to(device)
-            similarity = (unit[rows] @ unit.T).clamp_(-1, 1)
-            similarity[torch.arange(len(rows), device=device), rows] = -2.0
-            # Whoever ties with the k-th best may stand in the place of one of the best k.
-            best = min(k, len(groups))
-            kth = similarity.amax(dim=1) if best == 1 else similarity.topk(best, dim=1).values[:, -1]
-            row, other = (similarity >= (kth[:, None] - TIE).clamp(min=-1.5)).nonzero(as_tuple=True)
-            near = similarity[row, other].cpu().numpy()
-            ends = np.searchsorted(row.cpu().numpy(), np.arange(len(rows) + 1))
-            yield Near(wanted[begin : begin + block], ends, other.cpu().numpy(), near)
+            rows = wanted[begin : begin + block]
+            yield search_rows(unit, rows, k)
             advance(len(rows))
             if begin == 0 and len(wanted) > 20 * block:
                 minutes = (time.perf_counter() - begun) * len(wanted) / len(rows) / 60
                 _log.info("the exact neighbours of %d records take about %.0f minutes", len(wanted), minutes)
+
+
+def block_rows(groups: int) -> int:
+    """How many rows are searched at a time: their similarities fill 256 MiB."""
+    return max(1, BLOCK_ELEMENTS // groups)
+
+
+def search_rows(unit: torch.Tensor, wanted: np.ndarray, k: int) -> Near:
+    """The k most similar other rows of some rows of `unit`, float32 [G, D] of length 1, and their ties."""
+    rows = torch.from_numpy(wanted).to(unit.device)
+    similarity = (unit[rows] @ unit.T).clamp_(-1, 1)
+    similarity[torch.arange(len(rows), device=unit.device), rows] = -2.0
+    # Whoever ties with the k-th best may stand in the place of one of the best k.
+    best = min(k, len(unit))
+    kth = similarity.amax(dim=1) if best == 1 else similarity.topk(best, dim=1).values[:, -1]
+    row, other = (similarity >= (kth[:, None] - TIE).clamp(min=-1.5)).nonzero(as_tuple=True)
+    near = similarity[row, other].cpu().numpy()
+    ends = np.searchsorted(row.cpu().numpy(), np.arange(len(rows) + 1))
+    return Near(wanted, ends, other.cpu().numpy(), near)
+
+
+def _show(parts: Generator[Near], total: int, progress: Progress) -> Iterator[Near]:
+    with progress.task("neighbours", total, "records") as advance, closing(parts):
+        for part in parts:
+            yield part
+            advance(len(part.groups))
 
 
 def _has_index(size: int) -> bool:

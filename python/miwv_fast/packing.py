@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.forest import Unit
+from miwv_fast.neighbors import Near
 from miwv_fast.runner import Sequences, UnitResult
 
 _NUMBERS = pa.large_list(pa.int64())
@@ -45,6 +46,8 @@ RESULT_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
+
+NEAR_SCHEMA = pa.schema([("groups", _NUMBERS), ("ends", _NUMBERS), ("other", _NUMBERS), ("similarity", _LOSSES)])
 
 
 def pack(number: int, unit: Unit, sequences: Sequences) -> pa.Table:
@@ -137,6 +140,16 @@ def unpack_result(table: pa.Table, row: int) -> tuple[int, UnitResult, float]:
         table[name][row].as_py() for name in ("number", "forwarded_tokens", "padding_tokens", "seconds")
     )
     return number, UnitResult(zero, one, forwarded, padding), seconds
+
+
+def pack_near(near: Near) -> pa.Table:
+    """Similar groups as one row of `NEAR_SCHEMA`."""
+    return _row(NEAR_SCHEMA, **{name: getattr(near, name) for name in NEAR_SCHEMA.names})
+
+
+def unpack_near(table: pa.Table) -> Near:
+    """Similar groups out of the one row of a table."""
+    return Near(*(read_list(table, name, 0) for name in NEAR_SCHEMA.names))
 
 
 def read_list(table: pa.Table, name: str, row: int) -> np.ndarray:

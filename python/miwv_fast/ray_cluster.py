@@ -59,7 +59,7 @@ def connect(address: str | None, workers: int | None, gpus_per_worker: float | N
     verbose = _log.isEnabledFor(logging.INFO)
     own = not ray.is_initialized()
     if own:
-        _start(address, verbose)
+        start(address, verbose)
     elif address is not None:
         _log.warning("using the Ray session that this process already has, not %s", address)
     if not verbose:
@@ -67,14 +67,15 @@ def connect(address: str | None, workers: int | None, gpus_per_worker: float | N
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return _share(nodes, workers, gpus_per_worker, own, verbose)
+        return share(nodes, workers, gpus_per_worker, own, verbose)
     except BaseException:
         if own:
             ray.shutdown()
         raise
 
 
-def _start(address: str | None, verbose: bool) -> None:
+def start(address: str | None, verbose: bool) -> None:
+    """Joins the cluster at `address`, without one starts one. Raises ValueError if that cannot be done."""
     if address is not None and address.startswith("ray://"):
         raise ValueError(
             f"ray_address {address}: Ray Client is not supported; start this on a machine of the cluster and give "
@@ -96,9 +97,10 @@ def _start(address: str | None, verbose: bool) -> None:
         ) from error
 
 
-def _share(
+def share(
     nodes: list[dict[str, float]], workers: int | None, gpus_per_worker: float | None, own: bool, verbose: bool
 ) -> Cluster:
+    """What each worker gets of machines with these resources. Raises ValueError if there are not enough of them."""
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
     share = (1.0 if sum(gpus) else 0.0) if gpus_per_worker is None else float(gpus_per_worker)

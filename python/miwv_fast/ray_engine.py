@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ import pyarrow as pa
 import ray
 import torch
 
-from miwv_fast.embedding import Embedder, embed
+from miwv_fast.embedding import Embedder, Kept, embed
 from miwv_fast.engine import Done
 from miwv_fast.forest import Unit
 from miwv_fast.model import load_tokenizer
-from miwv_fast.neighbors import Neighbors, nearest
-from miwv_fast.packing import pack, unpack_result
+from miwv_fast.neighbors import Groups, Near, Neighbors, block_rows, nearest
+from miwv_fast.packing import pack, unpack_near, unpack_result
 from miwv_fast.progress import Progress
 from miwv_fast.ray_cluster import connect
 from miwv_fast.ray_stage import run_stage
-from miwv_fast.ray_worker import ModelChoice, Score, describe
+from miwv_fast.ray_worker import Embed, ModelChoice, Score, Search, describe
 from miwv_fast.runner import Sequences
 
 _STAGE_TABLES = 4096
@@ -62,12 +62,15 @@ class RayEngine:
         self._cluster.close()
 
     def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
-        """Embeddings float32 [N, D] of `texts`."""
-        return embed(texts, embedder, "cpu", bars)
+        """Embeddings float32 [N, D] of `texts`: by the workers where the embedder is named, a callable runs here."""
+        name = str(embedder.embedder if isinstance(embedder, Kept) else embedder)
+        return embed(texts, embedder, "cpu", bars, lambda chunks, count: self._embed(name, chunks, count))
 
     def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
-        """The k nearest scorable records of each."""
-        return nearest(embeddings, scorable, k, "cpu", bars)
+        """The k nearest scorable records of each: searched exactly by the workers; an index of FAISS is one of this
+        process, above 200,000 distinct records or, where the workers have GPUs, above 4 million.
+        """
+        return nearest(embeddings, scorable, k, self.facts.device, bars, self._search)
 
     def run(
         self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
@@ -85,6 +88,24 @@ class RayEngine:
                     number, result, seconds = unpack_result(answer.table, row)
                     advance(result.forwarded_tokens)
                     yield Done(number, result, seconds)
+
+    def _embed(self, embedder: str, chunks: Iterator[pa.Array], count: int) -> Generator[tuple[int, Any]]:
+        task = Embed(embedder, self._choice.device, self._cluster.threads)
+        tables = (pa.table({"text": chunk}) for chunk in chunks)
+        with closing(run_stage(self._cluster, task, tables, count)) as answers:
+            for answer in answers:
+                rows = answer.table["embedding"].combine_chunks()
+                yield answer.place, rows.flatten().to_numpy().reshape(len(rows), -1)
+
+    def _search(self, groups: Groups, k: int) -> Generator[Near]:
+        unit = ray.put(groups.unit(np.arange(len(groups))))
+        size = block_rows(len(groups))
+        begins = range(0, len(groups), size)
+        task = Search(unit, k, self._choice.device, self._cluster.threads)
+        tables = (pa.table({"begin": [begin], "end": [min(begin + size, len(groups))]}) for begin in begins)
+        with closing(run_stage(self._cluster, task, tables, len(begins))) as answers:
+            for answer in answers:
+                yield unpack_near(answer.table)
 
     def _on_a_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         resources = {"num_cpus": self._cluster.cpus_per_worker, "num_gpus": self._cluster.gpus_per_worker}

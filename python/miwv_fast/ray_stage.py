@@ -69,7 +69,7 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
 
         write_ahead()
         source = ray.data.read_datasource(
-            _Source(scratch, count), override_num_blocks=count, concurrency=_READERS, num_cpus=0
+            _Source(scratch, count), override_num_blocks=count, concurrency=min(_READERS, count), num_cpus=0
         )
         answers = source.map_batches(
             _Actor,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import ray
 import torch
 
+from miwv_fast.embedding import load_embedder
 from miwv_fast.engine import LocalEngine, ModelFacts
-from miwv_fast.packing import PackedUnit, pack_result
+from miwv_fast.model import choose_device
+from miwv_fast.neighbors import search_rows
+from miwv_fast.packing import PackedUnit, pack_near, pack_result
 
 _NO_TOKENIZER = object()  # sequences come as tokens
 
@@ -30,7 +36,8 @@ class ModelChoice:
     def load(self) -> LocalEngine:
         """The model in this process."""
         torch.set_num_threads(self.threads)
-        return LocalEngine(self.model, _NO_TOKENIZER, self.device, self.dtype, self.batch_tokens)
+        spread = "auto" if self.gpus > 1 else None
+        return LocalEngine(self.model, _NO_TOKENIZER, self.device, self.dtype, self.batch_tokens, spread)
 
 
 def describe(choice: ModelChoice) -> tuple[ModelFacts, str]:
@@ -65,5 +72,49 @@ class Score:
                 done = next(iter(engine.run([(packed.number, packed.unit)], packed, lambda _: None)))
                 results.append(pack_result(packed.number, done.result, time.perf_counter() - since))
             return pa.concat_tables(results)
+
+        return work
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embeds texts with a model of sentence-transformers."""
+
+    embedder: str
+    device: str
+    threads: int
+
+    def start(self) -> Callable[[pa.Table], pa.Table]:
+        """Loads the embedder."""
+        torch.set_num_threads(self.threads)
+        encode = load_embedder(self.embedder, choose_device(self.device))
+
+        def work(table: pa.Table) -> pa.Table:
+            rows = encode(table["text"].to_pylist()).astype(np.float32, copy=False)
+            values = pa.array(rows.ravel(), pa.float32())
+            return pa.table({"embedding": pa.FixedSizeListArray.from_arrays(values, rows.shape[1])})
+
+        return work
+
+
+@dataclass(frozen=True)
+class Search:
+    """Searches blocks of rows among all of them, which lie in the object store once for each machine."""
+
+    unit: ray.ObjectRef
+    k: int
+    device: str
+    threads: int
+
+    def start(self) -> Callable[[pa.Table], pa.Table]:
+        """Takes the rows out of the object store, onto the GPU where there is one."""
+        torch.set_num_threads(self.threads)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            unit = torch.from_numpy(ray.get(self.unit)).to(choose_device(self.device))
+
+        def work(table: pa.Table) -> pa.Table:
+            begin, end = (table[name][0].as_py() for name in ("begin", "end"))
+            return pack_near(search_rows(unit, np.arange(begin, end), self.k))
 
         return work

@@ -299,9 +299,7 @@ def _check_engine(
     if not isinstance(model, str | Path):
         raise TypeError("engine='ray' loads the model on every worker: give its name or folder, not a loaded pair")
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"engine='ray' gives each worker its own GPUs: device should be auto, cpu or cuda, not {device}"
-        )
+        raise ValueError(f"engine='ray' gives each worker its own GPUs: use auto, cpu or cuda, not {device}")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers should be a whole number of at least 1, it is {workers!r}")
     if gpus_per_worker is not None and not (gpus_per_worker == int(gpus_per_worker) or 0 < gpus_per_worker < 1):
