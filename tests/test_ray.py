@@ -110,7 +110,7 @@ def test_local_ray_local(folder, cluster, monkeypatch, minilm):
     options = {"embedder": minilm}
     score(folder, "named", **options)
     stops = iter([False] * 6 + [True] * 99)
-    monkeypatch.setattr(scorer, "stop_signals", lambda: nullcontext(lambda: next(stops)))
+    monkeypatch.setattr(scorer, "finishing", lambda: nullcontext(lambda: next(stops)))
     with pytest.raises(Interrupted):
         score(folder, "mixed", **options)
     begun = set((folder / "mixed" / "parts").iterdir())

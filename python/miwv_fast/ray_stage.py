@@ -76,7 +76,7 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
             batch_size=None,
             batch_format="pyarrow",
             fn_constructor_args=(task,),
-            compute=ray.data.ActorPoolStrategy(size=cluster.workers, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, count), max_tasks_in_flight_per_actor=2),
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
         )
