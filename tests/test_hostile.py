@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -469,3 +470,35 @@ def test_operators_score_or_say_what_is_wrong(shape, dtype, view, targets, offse
     assert result.shape == (expected,) and result.dtype == torch.float32
     filled = torch.ones(expected, dtype=torch.bool) if function == "token_logprobs" else offsets.diff() > 0
     assert torch.equal(result.isfinite(), filled.expand(expected))
+
+
+def test_parquet_columns_of_any_kind_are_measured():
+    columns = [
+        pa.array(["ab", None, "c"]).dictionary_encode(),
+        pa.array([5, 5, None]).dictionary_encode(),
+        pa.array([[("k", "v")], None, []], pa.map_(pa.string(), pa.string())),
+        pa.array([["x", "yy"], None, []]),
+        pa.array([{"a": "x"}, None, {"a": None}]),
+        pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int8(), 2)),
+    ]
+    whole = pa.record_batch(columns, [f"c{place}" for place in range(len(columns))])
+    assert formats._unpacked_bytes(columns[0]) == 3
+    for begin in range(3):
+        assert 0 < formats._unpacked_bytes(whole.slice(begin, 1)) <= formats._unpacked_bytes(whole) < 1000
+
+
+def test_parquet_that_expands(tmp_path):
+    """One text of 4 MiB in a file of 200 KB, a thousand times: rows come one by one, and what is too large is told."""
+    text = "x" * (4 << 20)
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), [text])
+    turns = pa.array([[{"role": "user", "content": "hi"}]] * 999 + [[{"role": "user", "content": text}] * 40])
+    pq.write_table(pa.table({"prompt": ["say x"] * 1000, "response": often}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "lists.parquet")
+    tracemalloc.start()
+    flat = [len(row.value["response"]) for row in formats.read_file(tmp_path / "rows.parquet")]
+    nested = [row.error for row in formats.read_file(tmp_path / "lists.parquet")]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert flat == [len(text)] * 1000
+    assert nested[:999] == [None] * 999 and "expands to more than" in nested[999]
+    assert peak < 32 * len(text)

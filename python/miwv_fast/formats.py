@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from miwv_fast.json_array import read_json_array
 from miwv_fast.unpack import BLOCK_BYTES, MAX_RECORD_BYTES, open_file, split_suffixes
@@ -164,7 +165,7 @@ def _read_parquet(path: Path, compression: str) -> Iterator[Row]:
     if compression:
         raise ValueError(f"{path}: Parquet has its own compression; unpack the file first")
     number = 0
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, read_dictionary=_text_leaves(path)) as file:
         names = file.schema_arrow.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -172,9 +173,54 @@ def _read_parquet(path: Path, compression: str) -> Iterator[Row]:
         groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
         widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         for batch in file.iter_batches(batch_size=max(1, min(1024, MAX_RECORD_BYTES // max(1, widest)))):
-            for value, error in _read_batch(batch):
-                yield Row(f"{path} row {number}", value, error)
-                number += 1
+            for part in _parts(batch):
+                if _unpacked_bytes(part) > MAX_RECORD_BYTES:
+                    reason = f"the record expands to more than {MAX_RECORD_BYTES} bytes"
+                    rows: Iterator[tuple[Any, str | None]] = iter([("", reason)])
+                else:
+                    rows = _read_batch(part)
+                for value, error in rows:
+                    yield Row(f"{path} row {number}", value, error)
+                    number += 1
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch whole, or halved until what it expands to, or a single row of it, is no more than a record may be.
+
+    A text stands in a batch once, however often it occurs; as Python objects its rows may take far more.
+    """
+    if len(batch) <= 1 or _unpacked_bytes(batch) <= MAX_RECORD_BYTES:
+        yield batch
+    else:
+        half = len(batch) // 2
+        yield from _parts(batch.slice(0, half))
+        yield from _parts(batch.slice(half))
+
+
+def _text_leaves(path: Path) -> list[str]:
+    """The columns of text, nested ones included, by the paths that Parquet knows them by."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_metadata(path).schema
+    leaves = (schema.column(place) for place in range(len(schema)))
+    return [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
+
+
+def _unpacked_bytes(array: pa.Array | pa.RecordBatch) -> int:
+    """What the texts of an array take when each stands by itself."""
+    if isinstance(array, pa.RecordBatch):
+        return sum(_unpacked_bytes(column) for column in array.columns)
+    kind = array.type
+    if pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type):
+        return int(pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(_unpacked_bytes(field) for field in array.flatten())
+    if pa.types.is_map(kind):
+        begin, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_unpacked_bytes(part.slice(begin, end - begin)) for part in (array.keys, array.items))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _unpacked_bytes(array.flatten())
+    return int(array.nbytes)
 
 
 def _read_batch(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
