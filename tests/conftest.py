@@ -24,6 +24,13 @@ settings.load_profile("miwv")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=20, help="how many runs are killed at random moments")
+    parser.addoption("--long", action="store_true", help="also the tests that take more than half a minute")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes more than half a minute: pytest --long"))
 
 
 @pytest.fixture(autouse=True)

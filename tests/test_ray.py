@@ -105,6 +105,7 @@ def test_an_actor_dies(folder, cluster, monkeypatch):
     assert ray.is_initialized(), "a session of the caller is left alive"
 
 
+@pytest.mark.long
 def test_local_ray_local(folder, cluster, monkeypatch, minilm):
     """Begun here, gone on with on Ray until it is stopped, finished here: the same bytes, each unit once."""
     options = {"embedder": minilm}
@@ -125,6 +126,7 @@ def test_local_ray_local(folder, cluster, monkeypatch, minilm):
     assert {path.name for path in gone_on} <= {path.name for path in (folder / "mixed" / "parts").iterdir()}
 
 
+@pytest.mark.long
 def test_a_worker_with_another_model(folder, cluster):
     """Each side is named; a worker without the file says so."""
     engine = ray_engine.RayEngine(folder / "model", None, "auto", "auto", 300, workers=1)
