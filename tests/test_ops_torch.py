@@ -141,3 +141,46 @@ def test_build_info() -> None:
     info = ops.build_info()
     assert info["isa"] in info["available_isas"] and info["available_isas"][0] == "generic"
     assert info["threads"] == torch.get_num_threads() and isinstance(info["cuda"], bool)
+
+
+META_LOGITS, META_TARGETS = torch.empty(4, 7, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+META_HIDDEN, META_WEIGHT = torch.empty(4, 5, device="meta"), torch.empty(7, 5, device="meta")
+META_OFFSETS = torch.zeros(3, dtype=torch.int64, device="meta")
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ops.token_logprobs(META_LOGITS, META_TARGETS[:3]), "targets have 3 entries, they must have 4"),
+        (lambda: ops.token_logprobs(META_LOGITS, TARGETS.cpu()), "targets are on cpu, they must be on meta"),
+        (lambda: ops.token_logprobs(META_LOGITS, META_TARGETS, META_TARGETS[:2]), "rows have 2 entries"),
+        (lambda: ops.response_nll(META_LOGITS, META_TARGETS, META_OFFSETS[:0]), "offsets are empty"),
+        (lambda: ops.response_nll(META_LOGITS, META_TARGETS, torch.zeros(3, dtype=torch.int64)), "offsets are on cpu"),
+        (
+            lambda: ops.response_nll_difference(META_LOGITS, META_LOGITS[:, :6], META_TARGETS, META_OFFSETS),
+            "zero_shot_logits have V 6, it must be 7",
+        ),
+        (
+            lambda: ops.response_nll_difference(META_LOGITS, META_LOGITS[:3], META_TARGETS, META_OFFSETS),
+            "give zero_shot_rows",
+        ),
+        (
+            lambda: ops.linear_response_nll(META_HIDDEN, META_WEIGHT[:, :4], META_TARGETS, META_OFFSETS),
+            "weight has shape",
+        ),
+        (
+            lambda: ops.linear_response_nll_difference(
+                META_HIDDEN, META_HIDDEN[:, :4], META_WEIGHT, META_TARGETS, META_OFFSETS
+            ),
+            "zero_shot_hidden have H 4, it must be 5",
+        ),
+        (lambda: ops.response_nll_partials(META_HIDDEN, META_WEIGHT, META_TARGETS, scale=-1.0), "scale is -1.0"),
+        (
+            lambda: ops.combine_partials([torch.empty(4, 2, dtype=torch.float64, device="meta")], META_OFFSETS),
+            r"\[4, 3\]|3\]",
+        ),
+    ],
+)
+def test_meta_tensors_are_checked_like_real_ones(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

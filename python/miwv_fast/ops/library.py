@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miwv_fast.ops import linear, logits
-from miwv_fast.ops.checks import check_head, check_indices, check_logits
+from miwv_fast.ops.checks import check_head, check_logits, check_pair, check_partials, indices, rows_of
 
 _library = torch.library.Library("miwv_fast", "DEF")
 
@@ -24,7 +24,7 @@ def _register(schema: str, implementation: Callable[..., Tensor], fake: Callable
 
 def _fake_token_logprobs(values: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
     check_logits("logits", values)
-    check_indices("targets", targets)
+    _check_beside(values, targets, rows=rows)
     return values.new_empty(targets.shape, dtype=torch.float32)
 
 
@@ -32,7 +32,7 @@ def _fake_response_nll(
     values: Tensor, targets: Tensor, offsets: Tensor, rows: Tensor | None = None, *, check: bool = False
 ) -> Tensor:
     check_logits("logits", values)
-    return _per_response(values, targets, offsets)
+    return _per_response(values, targets, offsets, rows=rows)
 
 
 def _fake_response_nll_difference(
@@ -47,7 +47,9 @@ def _fake_response_nll_difference(
 ) -> Tensor:
     check_logits("one_shot_logits", one_shot)
     check_logits("zero_shot_logits", zero_shot)
-    return _per_response(one_shot, targets, offsets)
+    check_pair(one_shot, zero_shot, "logits", "V")
+    _check_beside(zero_shot, targets, zero_shot_rows=zero_shot_rows)
+    return _per_response(one_shot, targets, offsets, one_shot_rows=one_shot_rows)
 
 
 def _fake_linear(
@@ -63,7 +65,7 @@ def _fake_linear(
     **options: Any,
 ) -> Tensor:
     check_head(hidden, weight, bias, softcap, scale)
-    return _per_response(hidden, targets, offsets)
+    return _per_response(hidden, targets, offsets, rows=rows)
 
 
 def _fake_linear_difference(
@@ -74,27 +76,61 @@ def _fake_linear_difference(
     offsets: Tensor,
     one_shot_rows: Tensor | None = None,
     zero_shot_rows: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    return _per_response(one_shot, targets, offsets)
+    check_pair(one_shot, zero_shot, "hidden", "H")
+    check_head(one_shot, weight, bias, softcap, scale)
+    _check_beside(zero_shot, targets, zero_shot_rows=zero_shot_rows)
+    return _per_response(one_shot, targets, offsets, one_shot_rows=one_shot_rows)
 
 
 def _fake_partials(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    **options: Any,
 ) -> Tensor:
-    check_indices("targets", targets)
+    check_head(hidden, weight, bias, softcap, scale)
+    _check_beside(hidden, targets, rows=rows)
     return hidden.new_empty((targets.shape[0], 3), dtype=torch.float64)
 
 
 def _fake_combine(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
-    check_indices("offsets", offsets)
+    check_partials(partials, offsets)
+    _check_some(offsets)
     return partials[0].new_empty((offsets.shape[0] - 1,), dtype=torch.float32)
 
 
-def _per_response(beside: Tensor, targets: Tensor, offsets: Tensor) -> Tensor:
-    check_indices("targets", targets)
-    check_indices("offsets", offsets)
+def _per_response(beside: Tensor, targets: Tensor, offsets: Tensor, **rows: Tensor | None) -> Tensor:
+    _check_beside(beside, targets, offsets=offsets, **rows)
+    _check_some(offsets)
     return beside.new_empty((offsets.shape[0] - 1,), dtype=torch.float32)
+
+
+def _check_beside(beside: Tensor, targets: Tensor, offsets: Tensor | None = None, **rows: Tensor | None) -> None:
+    """What the kernels' own checks say of kinds, devices and numbers; of sizes that are symbols nothing is known."""
+    indices("targets", targets, beside)
+    if offsets is not None:
+        indices("offsets", offsets, beside)
+    num_rows = beside.shape[:-1].numel()
+    for name, values in rows.items():
+        sizes = (num_rows, targets.shape[0], 0 if values is None else values.shape[0])
+        if all(type(size) is int for size in sizes):
+            rows_of(name, values, targets, beside, num_rows)
+
+
+def _check_some(offsets: Tensor) -> None:
+    if type(offsets.shape[0]) is int and not offsets.shape[0]:
+        raise ValueError("offsets are empty, they must have one entry more than there are responses")
 
 
 _HEAD = (
