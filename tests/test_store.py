@@ -195,7 +195,7 @@ def test_a_damaged_call_of_the_embedder_is_made_again(folder, monkeypatch, caplo
 
 def test_an_embedder_that_changed_is_another_run(folder, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(embedding, "_load_embedder", lambda name, device: text_embedder)
+    monkeypatch.setattr(embedding, "load_embedder", lambda name, device: text_embedder)
     score(folder, "embedder", embedder=tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"others")
     with pytest.raises(ValueError, match="embedder_content: "):
