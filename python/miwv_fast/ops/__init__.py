@@ -28,7 +28,7 @@ from torch import Tensor
 
 from miwv_fast import _core
 from miwv_fast.ops import library  # noqa: F401  (registers the operators)
-from miwv_fast.ops.checks import kind
+from miwv_fast.ops.checks import check_integer, kind
 from miwv_fast.ops.linear import (
     combine_partials,
     linear_response_nll,
@@ -69,6 +69,9 @@ def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, 
         raise TypeError(f"labels must be an integer tensor, not {kind(labels)}")
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, T], not {tuple(labels.shape)}")
+    if labels.is_meta:
+        raise ValueError("labels are on meta, they must be on a device that holds their values")
+    check_integer("ignore_index", ignore_index)
     following = labels[:, 1:]
     scored = following != ignore_index
     batch, position = scored.nonzero(as_tuple=True)

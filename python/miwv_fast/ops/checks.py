@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -180,25 +180,56 @@ def check_values(
         raise ValueError(f"offsets[{len(ends) - 1}] is {ends[-1]}, it must be {count}, the number of targets")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> None:
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    hidden_name: str = "hidden",
+) -> None:
     """Raises unless hidden states and an output head fit each other."""
-    for name, values in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if values is None:
-            continue
+    check_hidden(hidden_name, hidden)
+    for name, values in (("weight", weight), *([] if bias is None else [("bias", bias)])):
         check_floats(name, values)
         if values.dtype != hidden.dtype:
-            raise TypeError(f"{name} is {values.dtype}, it must be {hidden.dtype}, the dtype of hidden")
+            raise TypeError(f"{name} is {values.dtype}, it must be {hidden.dtype}, the dtype of {hidden_name}")
         if values.device != hidden.device:
-            raise ValueError(f"{name} is on {values.device}, it must be on {hidden.device}, where hidden is")
-    if hidden.ndim not in (2, 3):
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be [rows, H] or [B, T, H]")
+            raise ValueError(f"{name} is on {values.device}, it must be on {hidden.device}, where {hidden_name} is")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, it must be [V, {hidden.shape[-1]}], V at least 1")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, it must be [{weight.shape[0]}], one for each of V")
-    for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not (isinstance(value, float | int) and 0 < value < math.inf):
-            raise ValueError(f"{name} is {value!r}, it must be a finite number above 0")
+    check_factors(softcap, scale)
+
+
+def check_hidden(name: str, hidden: Tensor) -> None:
+    """Raises unless `hidden` is [rows, H] or [B, T, H] and `check_floats` passes."""
+    check_floats(name, hidden)
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"{name} has shape {tuple(hidden.shape)}, it must be [rows, H] or [B, T, H]")
+
+
+def check_factors(softcap: float | None, scale: float) -> None:
+    """Raises unless the scale, and the softcap where there is one, are finite numbers above 0."""
+    for name, value in (("scale", scale), *([] if softcap is None else [("softcap", softcap)])):
+        number = isinstance(value, float | int) and not isinstance(value, bool)
+        if not (number and 0 < value <= sys.float_info.max):
+            raise ValueError(f"{name} is {_show(value)}, it must be a finite number above 0")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises unless `value` is True or False."""
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be True or False, not {kind(value)}")
+
+
+def check_integer(name: str, value: int, least: int = -(2**63)) -> None:
+    """Raises unless `value` is an int64 of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {kind(value)}")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name} is {value}, it must be {least} to 2^63 - 1")
 
 
 def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
@@ -212,6 +243,10 @@ def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
             expected = f"[{partials[0].shape[0]}, 3]" if partials[0].ndim == 2 else "[T, 3]"
             raise ValueError(f"partials[{place}] has shape {tuple(part.shape)}, it must be {expected}")
     check_indices("offsets", offsets)
+
+
+def _show(value: object) -> str:
+    return kind(value) if isinstance(value, Tensor) else f"{value!r:.40}"
 
 
 def kind(value: object) -> str:

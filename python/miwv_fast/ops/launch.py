@@ -25,7 +25,7 @@ def require_kernels(tensor: Tensor) -> None:
             "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the "
             "environment variable MIWV_CUDA_WHEELS=1"
         )
-    raise ValueError(f"logits are on {tensor.device}, they must be on cpu or cuda")
+    raise ValueError(f"the tensors are on {tensor.device}, they must be on cpu or cuda")
 
 
 def run_rows(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miwv_fast.ops import linear, logits
-from miwv_fast.ops.checks import check_head, check_logits, check_pair, check_partials, indices, rows_of
+from miwv_fast.ops.checks import check_head, check_hidden, check_logits, check_pair, check_partials, indices, rows_of
 
 _library = torch.library.Library("miwv_fast", "DEF")
 
@@ -82,8 +82,9 @@ def _fake_linear_difference(
     scale: float = 1.0,
     **options: Any,
 ) -> Tensor:
+    check_hidden("zero_shot_hidden", zero_shot)
+    check_head(one_shot, weight, bias, softcap, scale, "one_shot_hidden")
     check_pair(one_shot, zero_shot, "hidden", "H")
-    check_head(one_shot, weight, bias, softcap, scale)
     _check_beside(zero_shot, targets, zero_shot_rows=zero_shot_rows)
     return _per_response(one_shot, targets, offsets, one_shot_rows=one_shot_rows)
 

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from miwv_fast.ops import launch
 from miwv_fast.ops.checks import (
-    check_floats,
+    check_factors,
+    check_flag,
     check_head,
+    check_hidden,
     check_index_kinds,
+    check_integer,
     check_pair,
     check_partials,
     check_range,
@@ -55,7 +58,7 @@ def linear_response_nll(
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
     the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not.
     """
-    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options = _options(softcap, scale, workspace_bytes, check)
     if is_plain("hidden", hidden) and is_plain("weight", weight):
         return linear_response_nll_impl(hidden, weight, targets, offsets, rows, bias=bias, **options)
     check_index_kinds(targets=targets, offsets=offsets, rows=rows)
@@ -84,7 +87,7 @@ def linear_response_nll_difference(
     Both hidden states score the same targets with the same head; otherwise as `linear_response_nll`.
     """
     arguments = (one_shot_hidden, zero_shot_hidden, weight, targets, offsets, one_shot_rows, zero_shot_rows)
-    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options = _options(softcap, scale, workspace_bytes, check)
     named = {"one_shot_hidden": one_shot_hidden, "zero_shot_hidden": zero_shot_hidden, "weight": weight}
     if all([is_plain(name, values) for name, values in named.items()]):
         return linear_response_nll_difference_impl(*arguments, bias=bias, **options)
@@ -113,7 +116,8 @@ def response_nll_partials(
     `log sum exp(logits) = max + log(sum)` over the slice, max being a number near the largest logit; a sum of 0 is a
     slice of nothing but -inf. Otherwise as `linear_response_nll`; `combine_partials` gives the losses.
     """
-    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
+    options = _options(softcap, scale, workspace_bytes, check)
+    check_integer("first", first, least=0)
     if is_plain("hidden", hidden) and is_plain("weight", weight):
         return response_nll_partials_impl(hidden, weight, targets, rows, first=first, bias=bias, **options)
     check_index_kinds(targets=targets, rows=rows)
@@ -134,6 +138,13 @@ def combine_partials(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
         return combine_partials_impl(partials, offsets)
     result: Tensor = torch.ops.miwv_fast.combine_partials.default(list(partials), offsets)
     return result
+
+
+def _options(softcap: float | None, scale: float, workspace_bytes: int, check: bool) -> dict[str, Any]:
+    check_factors(softcap, scale)
+    check_integer("workspace_bytes", workspace_bytes, least=1)
+    check_flag("check", check)
+    return {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
 
 
 # ---- Behind torch's dispatcher
@@ -178,8 +189,8 @@ def linear_response_nll_difference_impl(
     check: bool = False,
 ) -> Tensor:
     """`linear_response_nll_difference` behind torch's dispatcher."""
-    check_floats("zero_shot_hidden", zero_shot_hidden)
-    check_head(one_shot_hidden, weight, bias, softcap, scale)
+    check_hidden("zero_shot_hidden", zero_shot_hidden)
+    check_head(one_shot_hidden, weight, bias, softcap, scale, "one_shot_hidden")
     check_pair(one_shot_hidden, zero_shot_hidden, "hidden", "H")
     offsets = offsets_of(offsets, one_shot_hidden)
     sides = []

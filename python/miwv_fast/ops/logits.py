@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from miwv_fast.ops.checks import (
+    check_flag,
     check_index_kinds,
     check_pair,
     check_values,
@@ -27,6 +28,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, 
     >>> token_logprobs(logits, torch.tensor([0, 1]), rows=torch.tensor([1, 1]))
     tensor([-0.0486, -3.0486])
     """
+    check_flag("check", check)
     if is_plain("logits", logits):
         return token_logprobs_impl(logits, targets, rows, check=check)
     check_index_kinds(targets=targets, rows=rows)
@@ -46,6 +48,7 @@ def response_nll(
     >>> response_nll(logits, torch.tensor([0, 3, 1]), torch.tensor([0, 2, 3]))
     tensor([1.3863, 1.3863])
     """
+    check_flag("check", check)
     if is_plain("logits", logits):
         return response_nll_impl(logits, targets, offsets, rows, check=check)
     check_index_kinds(targets=targets, offsets=offsets, rows=rows)
@@ -67,6 +70,7 @@ def response_nll_difference(
 
     Both logits score the same targets, and have one V and one dtype. Jiang et al., arXiv 2511.07074.
     """
+    check_flag("check", check)
     arguments = (one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows)
     if is_plain("one_shot_logits", one_shot_logits) and is_plain("zero_shot_logits", zero_shot_logits):
         return response_nll_difference_impl(*arguments, check=check)
