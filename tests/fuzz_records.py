@@ -1,9 +1,10 @@
-"""Hostile bytes through reading, recognising and tokenizing records; a script for a fuzzer, not collected by pytest.
+"""Hostile bytes through reading and tokenizing records, and through templates; a script, not collected by pytest.
 
     python tests/fuzz_records.py --seconds 240
 
-With atheris (Linux) the search is guided by coverage; without it bytes are mutated blindly. Other arguments go to
-libFuzzer. Every case must give a record, a malformed row with a reason, or a ValueError that names the file.
+Every case must give a record, a malformed row with a reason, or a ValueError that names the file. With atheris (Linux)
+the search is guided by coverage, where the package is installed plainly: the loader of an editable install cannot be
+instrumented. Without it bytes are mutated blindly. Other arguments go to libFuzzer: `-runs=1000000`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ with atheris.instrument_imports(include=["miwv_fast"]) if atheris else nullconte
     import miwv_fast.json_array
     from miwv_fast.records import MalformedRecord, Record, Turn, parse_record, read_records
     from miwv_fast.sources import open_source
-    from miwv_fast.templates import Template, load_template
+    from miwv_fast.templates import PairTemplate, Template, load_template
+    from miwv_fast.tokens import SegmentEncoder
     from support import TOKENIZERS
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -49,6 +52,13 @@ TEXTS = (
     *("user", "assistant", "human", "gpt", "system", "tool", "text", "<|im_end|>", "<|im_start|>user\n", "<think>"),
     *("</s>", "<s>", "### Response:\n", "\n\nUser: ", "{{ instruction }}", "{% for x in y %}", "../../etc/passwd"),
 )
+JINJA_PIECES = (
+    *("{{", "}}", "{%", "%}", "{#", "#}", "-%}", " ", "\n", "(", ")", "[", "]", "'", '"', "|", "~", "*", "**", "%"),
+    *("instruction", "input", "prompt", "loop", "range(9)", "namespace(a=1)", "self", "caller()", "''.join", "a"),
+    *("{% if a %}", "{% for a in 'ab' %}", "{% endfor %}", "{% endif %}", "{% set a = 1 %}", "{{ instruction }}\n"),
+    *("{% macro prompt(instruction, input) %}", "{% endmacro %}", "{% set separator = 'x' %}", "{% raw %}"),
+    *("\ufdd00\ufdd1", ".__class__", "|join", "|format", "|map('upper')", "{% include 'a' %}", "{% break %}"),
+)
 SEEDS = (
     b'\x00{"instruction": "a", "input": "", "output": "b"}\n\n{"prompt": "\\ud800", "completion": "b"}\n[1]\n',
     b'\x00{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\r\n{"id": 1e999}',
@@ -57,6 +67,7 @@ SEEDS = (
     b"\x03PAR1",
     bytes([4, 2, 0, 3, 3, 2, 3, 1, 1, 3, 23]),
     bytes([5, 0, 2, 0, 3, 3, 2, 3, 23, 1, 3, 26]),
+    bytes([7, 1, 25, 7, 0, 7, 22, 7, 1, 7]),
 )
 
 
@@ -67,6 +78,10 @@ def check_case(data: bytes, folder: Path) -> None:
         check_file(folder / f"case{SUFFIXES[kind]}", rest)
     elif kind < 6:
         check_row(Consumer(rest).value(3))
+    elif kind == 7:
+        consumer = Consumer(rest)
+        whole = consumer.byte() % 2 == 1
+        check_source("".join(consumer.piece() for _ in range(len(rest))), whole)
     else:
         consumer = Consumer(rest)
         rows = [consumer.row(), consumer.row()]
@@ -193,6 +208,25 @@ def check_sequences(template: Template, demonstration: Record, record: Record) -
     assert whole.endswith(record.turns[-1].response)
 
 
+def check_source(source: str, whole: bool) -> None:
+    """A source is a template, or there is a reason why not."""
+    if whole:
+        source = "{% set separator = 'x' %}{% macro prompt(instruction, input) %}" + source + "{% endmacro %}"
+    record = Record(0, None, "", (Turn("a", "b", "c"),))
+    try:
+        template = PairTemplate("case", source, _encoder(), include_eos=False)
+        sequence = template.one_shot(record, record)
+    except ValueError as error:
+        assert "template case" in str(error), error
+        return
+    assert sequence.targets.tolist() == template.zero_shot(record).targets.tolist()
+
+
+@cache
+def _encoder() -> SegmentEncoder:
+    return SegmentEncoder(TOKENIZERS["byte_level"]())
+
+
 def neutral(record: Record, system: str) -> Record:
     """The same record with nothing but letters where there is text."""
     turns = tuple(
@@ -212,6 +246,11 @@ class Consumer:
     def byte(self) -> int:
         self._at += 1
         return self._data[self._at - 1] if self._at <= len(self._data) else 0
+
+    def piece(self) -> str:
+        """A piece of a template's source, or a letter."""
+        choice = self.byte()
+        return JINJA_PIECES[choice % len(JINJA_PIECES)] if choice < 224 else chr(choice - 128)
 
     def text(self) -> str:
         pieces = []

@@ -27,7 +27,7 @@ import fuzz_records
 from miwv_fast import formats, json_array, ops, sandbox, sources, unpack
 from miwv_fast.records import MalformedRecord, parse_record, read_records
 from miwv_fast.sources import open_source
-from miwv_fast.templates import compile_pair, load_template
+from miwv_fast.templates import load_template
 from miwv_fast.tokens import SegmentEncoder
 from support import TOKENIZERS
 
@@ -353,33 +353,12 @@ def test_templates_of_strangers_cost_little(tmp_path, monkeypatch, kind, name):
     assert (resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()) == before
 
 
-JINJA_PIECES = [
-    *("{{", "}}", "{%", "%}", "{#", "#}", "-%}", " ", "\n", "(", ")", "[", "]", "'", '"', "|", "~", "*", "**", "%"),
-    *("instruction", "input", "prompt", "loop", "range(9)", "namespace(a=1)", "self", "caller()", "''.join", "a"),
-    *("{% if a %}", "{% for a in 'ab' %}", "{% endfor %}", "{% endif %}", "{% set a = 1 %}", "{{ instruction }}\n"),
-    *(
-        "{% macro prompt(instruction, input) %}",
-        "{% endmacro %}",
-        "{% set separator = 'x' %}",
-        "{% raw %}",
-        "\ufdd00\ufdd1",
-    ),
-]
-
-
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
-@given(pieces=st.lists(st.sampled_from(JINJA_PIECES) | st.text(max_size=3), max_size=10), whole=st.booleans())
+@given(
+    pieces=st.lists(st.sampled_from(fuzz_records.JINJA_PIECES) | st.text(max_size=3), max_size=10), whole=st.booleans()
+)
 def test_any_source_is_a_template_or_a_reason(pieces, whole):
-    source = "".join(pieces)
-    if whole:
-        source = "{% set separator = 'x' %}{% macro prompt(instruction, input) %}" + source + "{% endmacro %}"
-    try:
-        prompt, separator = compile_pair("case", source)
-    except ValueError as error:
-        assert "template case" in str(error)
-        return
-    assert isinstance(separator, str)
-    assert callable(prompt) or prompt is not None
+    fuzz_records.check_source("".join(pieces), whole)
 
 
 def test_text_that_imitates_a_placeholder(tokenizer):
