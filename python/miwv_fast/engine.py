@@ -44,11 +44,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished unit: its number in the plan, its losses, and the seconds it took."""
+    """A finished unit: its number in the plan, its losses, the seconds it took, and who ran it."""
 
     number: int
     result: UnitResult
     seconds: float
+    worker: str = ""
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from miwv_fast.engine import Engine
 from miwv_fast.errors import Interrupted
 from miwv_fast.forest import forwarded_tokens, plan_units
 from miwv_fast.neighbors import Neighbors
-from miwv_fast.progress import Progress
+from miwv_fast.progress import Progress, Tally
 from miwv_fast.records import Records
 from miwv_fast.rejections import Rejection, Rejections
 from miwv_fast.runner import UnitResult
@@ -187,11 +187,12 @@ class Job:
         finished = dict(run.parts(units)) if run is not None else {}
         if run is not None:
             run.save_plan(len(units), planned)
+        tally = Tally(len(units), int(np.count_nonzero(zero)))
         begin = time.perf_counter()
         with bars.task("scoring", planned, "tokens") as advance:
             for result in finished.values():
                 self._take(result)
-                advance(result.forwarded_tokens)
+                advance(result.forwarded_tokens, tally.add(len(result.zero_shot[0])))
             left_units = [(number, unit) for number, unit in enumerate(units) if number not in finished]
             if left_units and stopping():
                 raise Interrupted(f"stopped after {len(finished)} of {len(units)} units")
@@ -200,6 +201,8 @@ class Job:
                     if run is not None:
                         run.save_part(done.number, done.result, done.seconds)
                     self._take(done.result)
+                    records, tokens = len(done.result.zero_shot[0]), done.result.forwarded_tokens
+                    advance(0, tally.add(records, tokens, done.seconds, done.worker))
                     if stopping() and count < len(units):
                         raise Interrupted(f"stopped after {count} of {len(units)} units")
         self.stats["scoring_seconds"] = time.perf_counter() - begin

@@ -87,7 +87,7 @@ class RayEngine:
                 for row in range(len(answer.table)):
                     number, result, seconds = unpack_result(answer.table, row)
                     advance(result.forwarded_tokens)
-                    yield Done(number, result, seconds)
+                    yield Done(number, result, seconds, answer.worker)
 
     def _embed(self, embedder: str, chunks: Iterator[pa.Array], count: int) -> Generator[tuple[int, Any]]:
         task = Embed(embedder, self._choice.device, self._cluster.threads)
