@@ -8,11 +8,13 @@ import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -25,6 +27,7 @@ from miwv_fast import job, ray_cluster, ray_engine, scorer
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.errors import Interrupted
 from miwv_fast.forest import Unit
+from miwv_fast.ray_stage import run_stage
 from miwv_fast.ray_worker import Score
 from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
@@ -153,6 +156,33 @@ def test_a_node_dies(folder, cluster, monkeypatch):
     after(monkeypatch, 6, lambda worker: cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False))
     score(folder, "node", embedder=embeddings, **ON_RAY)
     assert outcome(folder, "node") == outcome(folder, "array")
+
+
+def test_versions_that_differ(cluster, monkeypatch):
+    """Told before anything is loaded: which machines, what they have, and what this process has."""
+    there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
+    ray_cluster.check_versions(there)
+    monkeypatch.setattr(ray_cluster, "_SHARED", ("miwv-fast", "transformers", "nowhere"))
+    own = {"miwv-fast": "0.0.1", "transformers": version("transformers"), "nowhere": "2.0"}
+    monkeypatch.setattr(ray_cluster, "package_versions", lambda names: own)
+    with pytest.raises(ValueError, match="every machine needs the same") as raised:
+        ray_cluster.check_versions(there)
+    for expected in (f"has miwv-fast {version('miwv-fast')}, ", "has no nowhere", "this process has miwv-fast 0.0.1, "):
+        assert expected in str(raised.value)
+    assert "has transformers" not in str(raised.value).partition(";")[0]
+
+
+def test_an_error_of_rays_is_told(cluster):
+    """What no worker can even receive."""
+    vanished = ModuleType("vanished")
+    exec("class Task:\n    def start(self):\n        return lambda table: table\n", vanished.__dict__)
+    vanished.Task.__module__ = "vanished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vanished", vanished)
+        patch.setattr(ray_cluster, "_INIT_DEATHS", 0)
+        there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
+        with pytest.raises(OSError, match=r"Ray has given the stage up: .*No module named 'vanished'"):
+            list(run_stage(there, vanished.Task(), iter([pa.table({"a": [1]})]), 1))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import ray
 from ray.data.context import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from miwv_fast.info import package_versions
 
 _log = logging.getLogger(__name__)
 _NOISY = ("ray", "ray.data")
+_INIT_DEATHS = 10  # machines may die while their actors load the model
+_SHARED = ("miwv-fast", "transformers", "tokenizers")  # what this process and the workers must agree on
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,22 @@ class Cluster:
         """Threads that a worker computes with on a CPU."""
         return max(1, int(self.cpus_per_worker))
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What a worker asks Ray for."""
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+    def fits(self, machine: dict[str, float]) -> bool:
+        """Whether a machine with these resources has room for a worker."""
+        return machine.get("CPU", 0.0) >= self.cpus_per_worker and machine.get("GPU", 0.0) >= self.gpus_per_worker
+
     @contextmanager
     def data_context(self) -> Iterator[None]:
         """Ray Data's settings for a stage; those of the caller are as before afterwards."""
         context = DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = self.verbose
         context.enable_auto_log_stats = False
-        # A machine may die while its actors load the model.
-        context.max_consecutive_actor_init_deaths = 10
+        context.max_consecutive_actor_init_deaths = _INIT_DEATHS
         with DataContext.current(context):
             yield
 
@@ -119,6 +132,38 @@ def share(
         if sum(int(room) // each for room in cpus) >= count:
             return Cluster(count, float(each), 0.0, own, verbose)
     raise ValueError(f"{count} workers: the Ray cluster has {sum(cpus):g} processors, {_counts(cpus)}")
+
+
+def check_versions(cluster: Cluster) -> None:
+    """Raises ValueError naming the machines that have other versions of what both sides of a run use, or none."""
+
+    # Inside, so that it travels by value: a machine without the package can run it, too.
+    def versions(names: tuple[str, ...]) -> dict[str, str | None]:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found: dict[str, str | None] = {}
+        for name in names:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = None
+        return found
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and cluster.fits(node["Resources"])]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
+    there = ray.get([ray.remote(num_cpus=0, scheduling_strategy=at)(versions).remote(_SHARED) for at in places])
+    own = package_versions(_SHARED)
+    differing = [
+        f"{node['NodeManagerAddress']} has {f'{name} {found[name]}' if found[name] else f'no {name}'}"
+        for node, found in zip(nodes, there, strict=True)
+        for name in _SHARED
+        if found[name] != own[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{', '.join(differing)}; this process has "
+            f"{', '.join(f'{name} {version}' for name, version in own.items())}: every machine needs the same"
+        )
 
 
 def _counts(values: list[float]) -> str:

@@ -19,7 +19,7 @@ from miwv_fast.model import load_tokenizer
 from miwv_fast.neighbors import Groups, Near, Neighbors, block_rows, nearest
 from miwv_fast.packing import pack, unpack_near, unpack_result
 from miwv_fast.progress import Progress
-from miwv_fast.ray_cluster import connect
+from miwv_fast.ray_cluster import check_versions, connect
 from miwv_fast.ray_stage import run_stage
 from miwv_fast.ray_worker import Embed, ModelChoice, Score, Search, describe
 from miwv_fast.runner import Sequences
@@ -48,6 +48,7 @@ class RayEngine:
             str(model), device, dtype, batch_tokens, self._cluster.gpus_per_worker, self._cluster.threads
         )
         try:
+            check_versions(self._cluster)
             self.facts, self._fingerprint = self._on_a_worker(describe, self._choice)
         except BaseException:
             self.close()
@@ -108,9 +109,8 @@ class RayEngine:
                 yield unpack_near(answer.table)
 
     def _on_a_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        resources = {"num_cpus": self._cluster.cpus_per_worker, "num_gpus": self._cluster.gpus_per_worker}
         try:
-            return ray.get(ray.remote(**resources)(function).remote(*arguments))
+            return ray.get(ray.remote(**self._cluster.resources)(function).remote(*arguments))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
                 raise type(error.cause)(f"on a worker: {error.cause}") from None

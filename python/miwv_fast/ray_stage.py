@@ -77,11 +77,9 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
             batch_format="pyarrow",
             fn_constructor_args=(task,),
             compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, count), max_tasks_in_flight_per_actor=2),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_worker,
+            **cluster.resources,
         )
-        batches = iter(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-        for batch in batches:
+        for batch in _say_why(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
             for row in batch.to_pylist():
                 if row["error"]:
                     kind, _, reason = row["error"].partition(": ")
@@ -94,6 +92,14 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
                 # Whoever reads it again, to replace what a machine took with it, need not work on it again.
                 _path(folder, place).write_bytes(b"")
                 write_ahead()
+
+
+def _say_why(batches: Iterable[pa.Table]) -> Generator[pa.Table]:
+    try:
+        yield from batches
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise OSError(f"Ray has given the stage up: {lines[0]} ... {lines[-1]}") from error
 
 
 class _Source(Datasource):  # type: ignore[misc]
