@@ -28,6 +28,8 @@ import ray
 from command_line import package_folder, processor
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.forest import Unit
+from miwv_fast.job import UNIT_BATCHES
+from miwv_fast.neighbors import APPROXIMATE_ABOVE
 from miwv_fast.ray_cluster import Cluster
 from miwv_fast.ray_engine import RayEngine
 from miwv_fast.ray_stage import run_stage
@@ -127,39 +129,50 @@ def overhead(workers: int, units: int, kilobytes: int) -> dict[str, Any]:
 
 def estimate(wall_ms: float, cpu_ms: float) -> dict[str, Any]:
     """Ten million records on 8 and 64 GPUs; every number can be worked out again from those before it."""
-    records, tokens, unit_tokens = 10_000_000, 200, 64 * 32_768
-    forwarded = 2 * records * tokens
+    assumed = {
+        "records": 10_000_000,
+        "tokens_per_record": 82,  # Alpaca's, with the template `plain`
+        "batch_tokens": 32_768,
+        "model_parameters": 7e9,
+        "peak_tflops_bfloat16": 989,  # of an H100, dense
+        "fraction_of_peak": 0.3,
+        "peak_tflops_float32": 67,
+        "fraction_of_peak_in_search": 0.45,
+        "embedding_dimensions": 384,
+    }
+    records, rate = assumed["records"], assumed["peak_tflops_bfloat16"] * assumed["fraction_of_peak"] * 1e12
+    tokens_per_second = rate / (2 * assumed["model_parameters"])
+    unit_tokens = UNIT_BATCHES * assumed["batch_tokens"]
+    forwarded = 2 * records * assumed["tokens_per_record"]
     units = -(-forwarded // unit_tokens)
-    # Of a child what stands behind its root is sent, of a root all of it: 4 bytes each for token, place and target.
-    moved = int(forwarded * 4 * (1 + 2 / 3))
-    searched = 2 * records**2 * 384
+    # Of a child what stands behind its root is sent, of a root all of it: 4 bytes for a token, 8 for a place and target
+    # of a third of them.
+    moved = forwarded * (4 + 8 / 3)
+    searched = 2 * records**2 * assumed["embedding_dimensions"]
+    search_rate = assumed["peak_tflops_float32"] * assumed["fraction_of_peak_in_search"] * 1e12
     result: dict[str, Any] = {
-        "assumed": {
-            "records": records,
-            "tokens_per_record": tokens,
-            "batch_tokens": 32_768,
-            "tokens_per_second_of_a_gpu": 20_000,
-            "search_tflops_of_a_gpu": 30,
-            "embedding_dimensions": 384,
-        },
+        "assumed": assumed,
+        "tokens_per_second_of_a_gpu": round(tokens_per_second),
         "forwarded_tokens": forwarded,
         "units": units,
+        "tokens_per_unit": unit_tokens,
         "gigabytes_to_workers": round(moved / 1e9, 1),
         "gigabytes_back": round(2 * records * 12 / 1e9, 2),
-        "embeddings_gigabytes_per_machine": round(records * 384 * 4 / 1e9, 1),
-        "exact_search_petaflop": round(searched / 1e15),
+        "embeddings_gigabytes_per_machine": round(records * assumed["embedding_dimensions"] * 4 / 1e9, 1),
+        "search_petaflop": round(searched / 1e15),
     }
     for gpus in (8, 64):
-        hours = forwarded / (20_000 * gpus) / 3600
+        seconds = forwarded / (tokens_per_second * gpus)
         result[f"{gpus}_gpus"] = {
-            "scoring_hours": round(hours, 2),
-            "seconds_per_unit": round(unit_tokens / 20_000),
-            "units_per_second": round(units / hours / 3600, 3),
-            "driver_busy": f"{units * cpu_ms / 1e3 / hours / 3600:.2%} of one core",
-            "driver_limit_units_per_second": round(1e3 / wall_ms),
-            "megabytes_per_second_from_the_driver": round(moved / hours / 3600 / 1e6, 2),
-            "longest_wait_for_a_straggler": f"{unit_tokens / 20_000 / hours / 3600:.1%} of the run",
-            "exact_search_minutes": round(searched / (30e12 * gpus) / 60, 1),
+            "scoring_hours": round(seconds / 3600, 2),
+            "seconds_per_unit": round(unit_tokens / tokens_per_second),
+            "units_per_second": round(units / seconds, 3),
+            "units_per_second_that_ray_can_do": round(1e3 / wall_ms),
+            "driver_busy_with_them": f"{units * cpu_ms / 1e3 / seconds:.2%} of one core",
+            "megabytes_per_second_from_the_driver": round(moved / seconds / 1e6, 2),
+            "longest_wait_for_a_straggler": f"{unit_tokens / tokens_per_second / seconds:.1%} of the run",
+            "exact_search_is_the_default_up_to": round(APPROXIMATE_ABOVE["cuda"] * gpus**0.5),
+            "exact_search_minutes": round(searched / (search_rate * gpus) / 60, 1),
         }
     return result
 

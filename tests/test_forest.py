@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, forwarded_tokens, plan_batches, plan_units
+from miwv_fast.job import UNIT_BATCHES
 
 
 def cheapest(lengths: list[int], budget: int, overhead: int) -> int:
@@ -95,7 +96,7 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens, overhead):
     """Both passes for two thirds of the tokens, and padding below 2 % whatever the budget."""
     length, parent, _ = alpaca_like(20_000)
     one = np.where(parent >= 0, length[parent], 100) + length
-    units = plan_units(length, one, length, parent, cache_tokens=cache_tokens, unit_tokens=64 * batch_tokens)
+    units = plan_units(length, one, length, parent, cache_tokens=cache_tokens, unit_tokens=UNIT_BATCHES * batch_tokens)
     forwarded = padded = batches = 0
     for unit in units:
         behind = one[unit.children] - length[parent[unit.children]]

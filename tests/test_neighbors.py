@@ -130,6 +130,13 @@ def test_approximate_search_gives_everybody_k(clustered):
     assert (np.diff(found.similarity[usable], axis=1) <= TIE).all()
 
 
+def test_many_workers_search_more_exactly(clustered):
+    """The exact search takes the square of the records, and each of 36 workers a 36th of it."""
+    every = np.ones(len(clustered), bool)
+    assert nearest(clustered, every, 1, "cpu", QUIET, workers=36).recall is None
+    assert nearest(clustered, every, 1, "cpu", QUIET, workers=25).recall is not None
+
+
 def test_without_an_index_the_search_is_exact(clustered, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     found = nearest(clustered[:800], np.ones(800, bool), 1, "cpu", QUIET)

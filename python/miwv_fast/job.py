@@ -26,7 +26,8 @@ from miwv_fast.sources import Source
 from miwv_fast.store import Run
 from miwv_fast.templates import Template
 
-UNIT_BATCHES = 64
+# More make a unit cheaper by a percent (less padding), and longer to wait for, to lose and to share among workers.
+UNIT_BATCHES = 16
 _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncated", "malformed"))
 
 

@@ -80,6 +80,7 @@ def nearest(
     device: str,
     progress: Progress,
     elsewhere: Search | None = None,
+    workers: int = 1,
 ) -> Neighbors:
     """The k most similar other records by cosine, for each record in `candidates` (bool [N]), among them.
 
@@ -89,7 +90,7 @@ def nearest(
     Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
     embeddings is a copy of them and 256 MiB. Above, where FAISS is installed, its k-means divides them into cells,
     those of the nearest cells are compared, and `recall` says how many of the nearest were found. The exact search runs
-    `elsewhere` where that is given.
+    `elsewhere` where that is given; `workers` share it, and as many groups are searched exactly as take them no longer.
     """
     n = len(embeddings)
     result = Neighbors.none(n, k)
@@ -97,7 +98,7 @@ def nearest(
     if len(groups.members) < 2:
         return result
     limit = APPROXIMATE_ABOVE.get(torch.device(device).type, APPROXIMATE_ABOVE["cpu"])
-    if len(groups) > limit and _has_index(len(groups)):
+    if len(groups) > limit * workers**0.5 and _has_index(len(groups)):
         from miwv_fast.approximate import find_near
 
         near, recall = find_near(groups, k, progress)

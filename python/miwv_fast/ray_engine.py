@@ -68,10 +68,11 @@ class RayEngine:
         return embed(texts, embedder, "cpu", bars, lambda chunks, count: self._embed(name, chunks, count))
 
     def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
-        """The k nearest scorable records of each: searched exactly by the workers; an index of FAISS is one of this
-        process, above 200,000 distinct records or, where the workers have GPUs, above 4 million.
+        """The k nearest scorable records of each: searched exactly by the workers. An index of FAISS is one of this
+        process, above 200,000 distinct records (4 million where the workers have GPUs), times the square root of how
+        many workers there are.
         """
-        return nearest(embeddings, scorable, k, self.facts.device, bars, self._search)
+        return nearest(embeddings, scorable, k, self.facts.device, bars, self._search, self._cluster.workers)
 
     def run(
         self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
