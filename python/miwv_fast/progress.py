@@ -75,6 +75,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            speed_estimate_period=300,  # units of many workers come in bursts
         )
         with bars:
             task = bars.add_task(name, total=total, rate="")
