@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -234,3 +235,17 @@ def test_unreachable_address(folder):
         ray_cluster.start("ray://nowhere:1", verbose=False)
     with pytest.raises(ValueError, match=r"cannot reach a Ray cluster at '127\.0\.0\.1:1'"):
         ray_cluster.start("127.0.0.1:1", verbose=False)
+
+
+def test_signals_reach_the_caller():
+    """Ray's own handlers would abort the process; a run is to finish its unit instead."""
+    code = (
+        "import os, signal\n"
+        "from miwv_fast import ray_cluster\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: print('told', number))\n"
+        "made = ray_cluster.connect(None, 1, 0.0)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "made.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["told", "15"]), done.stderr

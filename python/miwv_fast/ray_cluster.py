@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +101,8 @@ def start(address: str | None, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     options = {} if address else {"include_dashboard": False, "address": "local"}
     try:
-        ray.init(**{"address": address, "log_to_driver": verbose, "logging_level": level, **options})
+        with _own_signals():
+            ray.init(**{"address": address, "log_to_driver": verbose, "logging_level": level, **options})
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -108,6 +111,16 @@ def start(address: str | None, verbose: bool) -> None:
             if address
             else f"cannot start Ray on this machine: {reason}"
         ) from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray's handlers, which abort this process on SIGTERM, make room again for those that were there."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def share(
