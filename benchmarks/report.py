@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
+from command_line import processor
 from miwv_fast.scores import SCHEMA, Scores
 from miwv_fast.sources import open_source
 
@@ -61,7 +61,7 @@ def main() -> None:
         summary = {
             "script": "python benchmarks/report.py",
             "date": date.today().isoformat(),
-            "device": platform.processor() or platform.machine(),
+            "device": processor(),
             "load": os.getloadavg()[0],
             "bokeh": bokeh.__version__,
             "records": len(scores),
