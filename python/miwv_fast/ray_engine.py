@@ -19,7 +19,7 @@ from miwv_fast.model import load_tokenizer
 from miwv_fast.neighbors import Groups, Near, Neighbors, block_rows, nearest
 from miwv_fast.packing import pack, unpack_near, unpack_result
 from miwv_fast.progress import Progress
-from miwv_fast.ray_cluster import check_versions, connect
+from miwv_fast.ray_cluster import check_versions, connect, ray_errors_told
 from miwv_fast.ray_stage import run_stage
 from miwv_fast.ray_worker import Embed, ModelChoice, Score, Search, describe
 from miwv_fast.runner import Sequences
@@ -110,9 +110,10 @@ class RayEngine:
                 yield unpack_near(answer.table)
 
     def _on_a_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return ray.get(ray.remote(**self._cluster.resources)(function).remote(*arguments))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
-                raise type(error.cause)(f"on a worker: {error.cause}") from None
-            raise
+        with ray_errors_told():
+            try:
+                return ray.get(ray.remote(**self._cluster.resources)(function).remote(*arguments))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
+                    raise type(error.cause)(f"on a worker: {error.cause}") from None
+                raise

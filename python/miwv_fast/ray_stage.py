@@ -20,7 +20,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from miwv_fast.ray_cluster import Cluster
+from miwv_fast.ray_cluster import Cluster, ray_errors_told
 
 _READERS = 2
 _AHEAD = 4  # tables per worker that are on their way
@@ -79,7 +79,7 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
             compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, count), max_tasks_in_flight_per_actor=2),
             **cluster.resources,
         )
-        for batch in _say_why(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+        for batch in _told(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
             for row in batch.to_pylist():
                 if row["error"]:
                     kind, _, reason = row["error"].partition(": ")
@@ -94,12 +94,9 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
                 write_ahead()
 
 
-def _say_why(batches: Iterable[pa.Table]) -> Generator[pa.Table]:
-    try:
+def _told(batches: Iterable[pa.Table]) -> Generator[pa.Table]:
+    with ray_errors_told():
         yield from batches
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise OSError(f"Ray has given the stage up: {lines[0]} ... {lines[-1]}") from error
 
 
 class _Source(Datasource):  # type: ignore[misc]
