@@ -31,7 +31,7 @@ from miwv_fast import scorer
 from miwv_fast.engine import LocalEngine, ModelFacts
 from miwv_fast.info import package_versions
 from miwv_fast.job import Job
-from miwv_fast.model import Prefixes
+from miwv_fast.prefixes import Prefixes
 from miwv_fast.records import Records
 from miwv_fast.runner import Runner
 from miwv_fast.store import Run
@@ -145,13 +145,14 @@ class StubModel:
     shared_length = sys.maxsize
     cache_bytes_per_token = 46_080  # SmolLM2-135M's
 
-    def response_nll(self, sequences: Sequence[Any], prefixes: Any = None) -> torch.Tensor:
+    def response_nll(self, sequences: Sequence[Any], *continued: Any) -> torch.Tensor:
         return torch.tensor([1 + len(sequence.ids) % 97 / 97 for sequence in sequences])
 
-    def response_nll_and_prefixes(self, sequences: Sequence[Any]) -> tuple[torch.Tensor, Prefixes]:
-        lengths = np.array([len(sequence.ids) for sequence in sequences])
-        nothing = torch.zeros(1).expand(len(lengths), 1, int(lengths.max()), 1)
-        return self.response_nll(sequences), Prefixes([(nothing, nothing)], lengths)
+    def response_nll_and_keep(self, sequences: Sequence[Any], *kept: Any) -> torch.Tensor:
+        return self.response_nll(sequences)
+
+    def prefixes(self, lengths: np.ndarray) -> Prefixes:
+        return Prefixes(lengths, 0)
 
 
 class StubEngine(LocalEngine):

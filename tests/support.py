@@ -106,12 +106,24 @@ def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0
     }
     mamba = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3, "pad_token_id": None}
     falcon = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1}
+    # Its last two layers attend to the keys of the first two.
+    gemma3n = {
+        "vocab_size_per_layer_input": vocab_size,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size_per_layer_input": 8,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+    }
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": max_length, "initializer_range": 0.3}
     configs: dict[str, tuple[str, dict[str, Any]]] = {
         "llama": ("LlamaConfig", llama_like),
         "qwen3": ("Qwen3Config", llama_like),
         "gemma2": ("Gemma2Config", llama_like),
         "gemma3": ("Gemma3TextConfig", {**llama_like, "final_logit_softcapping": 12.0}),
+        "gemma3n": ("Gemma3nTextConfig", {**llama_like, **gemma3n}),
         "granite": ("GraniteConfig", {**llama_like, "logits_scaling": 8.0}),
         "cohere": ("CohereConfig", {**llama_like, "logit_scale": 0.25}),
         "gpt2": ("GPT2Config", gpt2),

@@ -85,7 +85,7 @@ def make_rows(shape: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "gemma3n"])
 @pytest.mark.parametrize("shape", ["alpaca", "prompt", "messages", "conversations"])
 def test_equals_the_float64_reference(architecture, shape):
     """Four architectures, since they differ in positions, in attention and in what is done to their logits."""
@@ -284,7 +284,7 @@ class TestUnusable:
 class TestSharedPrefixes:
     """Running a record behind the kept keys and values of its demonstration changes nothing but the cost."""
 
-    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "gemma3n"])
     @pytest.mark.parametrize("shape", ["alpaca", "messages"])
     def test_same_scores_for_fewer_tokens(self, architecture, shape):
         tokenizer = byte_level()
@@ -373,11 +373,11 @@ class TestOutOfMemory:
         run = CausalLM._run
         refused = []
 
-        def small(self, sequences, prefixes, keep):
+        def small(self, sequences, *rest):
             if len(sequences) > 3:
                 refused.append(len(sequences))
                 raise torch.OutOfMemoryError("no")
-            return run(self, sequences, prefixes, keep)
+            return run(self, sequences, *rest)
 
         monkeypatch.setattr(CausalLM, "_run", small)
         scores = miwv_fast.score(rows, llama, embedder=text_embedder)
@@ -390,18 +390,24 @@ class TestOutOfMemory:
 
         run = CausalLM._run
 
-        def never(self, sequences, prefixes, keep):
+        def never(self, sequences, *rest):
             if max(len(sequence.ids) for sequence in sequences) > 20:
                 raise torch.OutOfMemoryError("no")
-            return run(self, sequences, prefixes, keep)
+            return run(self, sequences, *rest)
 
         monkeypatch.setattr(CausalLM, "_run", never)
         with pytest.raises(MemoryError, match="one sequence alone"):
             miwv_fast.score(make_rows("alpaca", 3), llama, embedder=text_embedder)
 
     def test_other_errors_are_not_swallowed(self, llama, monkeypatch):
-        from miwv_fast.model import CausalLM
+        from miwv_fast.runner import Runner
 
-        monkeypatch.setattr(CausalLM, "response_nll_and_prefixes", lambda *_: torch.ones(2) @ torch.ones(3))
+        run = Runner.run
+
+        def broken(self, *arguments):
+            self.lm.response_nll_and_keep = lambda *_: torch.ones(2) @ torch.ones(3)
+            return run(self, *arguments)
+
+        monkeypatch.setattr(Runner, "run", broken)
         with pytest.raises(RuntimeError, match="inconsistent tensor size"):
             miwv_fast.score(make_rows("alpaca", 3), llama, embedder=text_embedder)

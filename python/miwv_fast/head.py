@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from miwv_fast import ops
+from miwv_fast.devices import to_device
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -39,7 +40,7 @@ class Scored:
 
     def to(self, device: torch.device) -> Scored:
         """The same on another device."""
-        return Scored(*(values.to(device, non_blocking=True) for values in (self.rows, self.targets, self.offsets)))
+        return Scored(*(to_device(values, device) for values in (self.rows, self.targets, self.offsets)))
 
 
 class Head(Protocol):
@@ -50,8 +51,8 @@ class Head(Protocol):
         """`direct`, `rows` or `all`."""
         ...
 
-    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
-        """Mean NLL in nats of each response, float32 [B], by one forward pass; and the model's cache."""
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> Tensor:
+        """Mean NLL in nats of each response, float32 [B], by one forward pass."""
         ...
 
 
@@ -84,7 +85,7 @@ class DirectHead:
     softcap: float | None = None
     name: str = "direct"
 
-    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> Tensor:
         """The head itself gets nothing to do: its input is taken and an empty one handed on."""
         taken: list[Tensor] = []
 
@@ -94,10 +95,10 @@ class DirectHead:
 
         linear = self.model.get_output_embeddings()
         with _hook(linear.register_forward_pre_hook(take)):
-            cache = self.model(**inputs).get("past_key_values")
+            self.model(**inputs)
         (hidden,) = taken
         there = scored.to(linear.weight.device)
-        nll = ops.linear_response_nll(
+        return ops.linear_response_nll(
             hidden.to(linear.weight.device, non_blocking=True),
             linear.weight,
             there.targets,
@@ -108,7 +109,6 @@ class DirectHead:
             scale=self.scale,
             workspace_bytes=WORKSPACE_BYTES,
         )
-        return nll, cache
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,23 @@ class KeptRows:
     model: Any
     name: str = "rows"
 
-    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> Tensor:
         """In chunks of positions whose logits fit the workspace."""
         count, chunk = len(scored.rows), positions_at_a_time(self.model)
         if count <= chunk:
             result = self._run(inputs, scored.rows)
             there = scored.to(result.logits.device)
-            return ops.response_nll(_flat(result.logits), there.targets, there.offsets), result.get("past_key_values")
-        logprobs, cache = [], None
+            return ops.response_nll(_flat(result.logits), there.targets, there.offsets)
+        logprobs = []
         with _run_once(self.model.base_model):
             for begin in range(0, count, chunk):
                 result = self._run(inputs, scored.rows[begin : begin + chunk])
                 targets = scored.targets[begin : begin + chunk].to(result.logits.device)
                 logprobs.append(ops.token_logprobs(_flat(result.logits), targets).double())
-                cache = result.get("past_key_values")
         known = torch.cat(logprobs)
         # A token whose log-probability p is known: a maximum of 0, a sum of 1, a logit of p.
         partials = torch.stack([torch.zeros_like(known), torch.ones_like(known), known], dim=1)
-        return ops.combine_partials([partials], scored.offsets.to(known.device)), cache
+        return ops.combine_partials([partials], scored.offsets.to(known.device))
 
     def _run(self, inputs: dict[str, Any], rows: Tensor) -> Any:
         keep = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
@@ -150,12 +149,11 @@ class AllLogits:
     model: Any
     name: str = "all"
 
-    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> tuple[Tensor, Any]:
+    def response_nll(self, inputs: dict[str, Any], scored: Scored) -> Tensor:
         """The rows that count are picked out of all."""
         result = self.model(**inputs)
         there = scored.to(result.logits.device)
-        nll = ops.response_nll(result.logits, there.targets, there.offsets, there.rows)
-        return nll, getattr(result, "past_key_values", None)
+        return ops.response_nll(result.logits, there.targets, there.offsets, there.rows)
 
 
 def positions_at_a_time(model: Any) -> int:
@@ -183,7 +181,7 @@ def _try_direct(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tens
         if transform is None:
             return None
         direct = DirectHead(model, *transform)
-        nll, _ = direct.response_nll(inputs, scored)
+        nll = direct.response_nll(inputs, scored)
         expected = -logits.flatten(0, 1).double().log_softmax(-1)[scored.rows, scored.targets]
         # The losses are float32, the rounding of what they are compared with is that of the model's type.
         return direct if agree(nll.double(), expected.to(nll.device), linear.weight.dtype, logits.abs().max()) else None

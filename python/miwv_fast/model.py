@@ -7,57 +7,22 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from miwv_fast import ops
 from miwv_fast.assembly import TokenSequence
+from miwv_fast.devices import choose_device, choose_dtype, to_device
 from miwv_fast.head import Scored, agree, find_head, positions_at_a_time
 
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from miwv_fast.prefixes import Prefixes
+
 _log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """Keys and values of sequences that others continue: per layer two tensors [R, heads, W, D]; `lengths` [R] <= W."""
-
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    lengths: np.ndarray
-
-    @staticmethod
-    def join(parts: Sequence[Prefixes]) -> Prefixes:
-        """One after the other; each layer is copied once, its part's own copy freed as it goes."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.layers[0][0].shape[2] for part in parts)
-
-        def stack(layer: int, which: int) -> torch.Tensor:
-            tensors = [part.layers[layer][which] for part in parts]
-            return torch.cat([functional.pad(tensor, (0, 0, 0, width - tensor.shape[2])) for tensor in tensors])
-
-        layers = [(stack(layer, 0), stack(layer, 1)) for layer in range(len(parts[0].layers))]
-        return Prefixes(layers, np.concatenate([part.lengths for part in parts]))
-
-    def pick(self, rows: np.ndarray) -> Prefixes:
-        """These rows, which may repeat, as wide as the longest of them; one row is expanded and not copied."""
-        lengths = self.lengths[rows]
-        width = int(lengths.max())
-        index = torch.from_numpy(rows)
-
-        def take(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor[:, :, :width]
-            if (rows == rows[0]).all():
-                return tensor[int(rows[0])].expand(len(rows), *tensor.shape[1:])
-            return tensor.index_select(0, index.to(tensor.device))
-
-        return Prefixes([(take(keys), take(values)) for keys, values in self.layers], lengths)
 
 
 class CausalLM:
@@ -65,7 +30,7 @@ class CausalLM:
 
     `max_length` is the number of positions the model knows, None where it has no limit. `head.name` is the way to the
     losses: `direct`, `rows` or `all`. `shared_length`: the longest sequence that can be run behind the kept keys and
-    values of its beginning, 0 where none can.
+    values of its beginning, 0 where none can; `cache_bytes_per_token` is what it takes to keep those of a token.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -77,8 +42,8 @@ class CausalLM:
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size = int(config.vocab_size)
         self.head = find_head(self.model, name)
-        self.cache_bytes_per_token = 0
-        self.shared_length = self._check_sharing()
+        self.shared_length = self.cache_bytes_per_token = self._cache_layers = 0
+        self._check_sharing()
 
     def room(self) -> int:
         """Bytes of the GPU that the weights leave.
@@ -133,18 +98,28 @@ class CausalLM:
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def response_nll(self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None = None) -> torch.Tensor:
+    def response_nll(
+        self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None = None, rows: np.ndarray | None = None
+    ) -> torch.Tensor:
         """Mean negative log-likelihood in nats, float32 [B] on the model's device, of each sequence's scored tokens.
 
-        With `prefixes` [B], sequence b continues prefix b.
+        With `prefixes`, sequence b continues prefix `rows[b]`.
         """
-        return self._run(sequences, prefixes, keep=False)[0]
+        if prefixes is not None and rows is not None:
+            return self._run(sequences, prefixes.behind(rows), prefixes.lengths[rows])
+        return self._run(sequences)
 
-    def response_nll_and_prefixes(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, Prefixes]:
-        """The same, and the sequences' own keys and values. A sequence without scored tokens has NaN."""
-        nll, cache = self._run(sequences, None, keep=True)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        return nll, Prefixes(layers, np.array([len(sequence.ids) for sequence in sequences]))
+    def response_nll_and_keep(
+        self, sequences: Sequence[TokenSequence], prefixes: Prefixes, rows: np.ndarray
+    ) -> torch.Tensor:
+        """The same, and sequence b becomes prefix `rows[b]`. A sequence without scored tokens has NaN."""
+        return self._run(sequences, prefixes.keep(rows))
+
+    def prefixes(self, lengths: np.ndarray) -> Prefixes:
+        """Room for the keys and values of sequences of `lengths`, int64 [R], which are run next."""
+        from miwv_fast.prefixes import Prefixes
+
+        return Prefixes(lengths, self._cache_layers)
 
     @torch.inference_mode()
     def token_nll(self, sequence: TokenSequence) -> torch.Tensor:
@@ -153,12 +128,15 @@ class CausalLM:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         rows, targets = (torch.from_numpy(values).long() for values in (sequence.rows, sequence.targets))
         # To the head, every token is a response of its own.
-        return self.head.response_nll(inputs, Scored(rows, targets, torch.arange(len(rows) + 1)))[0]
+        return self.head.response_nll(inputs, Scored(rows, targets, torch.arange(len(rows) + 1)))
 
     @torch.inference_mode()
     def _run(
-        self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None, keep: bool
-    ) -> tuple[torch.Tensor, Any]:
+        self, sequences: Sequence[TokenSequence], cache: Cache | None = None, before: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """One forward pass, with `before` [B] tokens of each sequence in the cache. Nothing in it waits for a GPU."""
+        from miwv_fast.prefixes import pass_through
+
         width = max(len(sequence.ids) for sequence in sequences)
         ids = torch.zeros(len(sequences), width, dtype=torch.int64)
         for place, sequence in enumerate(sequences):
@@ -169,50 +147,57 @@ class CausalLM:
         scored = Scored(
             *(torch.from_numpy(values) for values in (np.concatenate(rows), np.concatenate(targets), offsets))
         )
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": keep or prefixes is not None}
+        if cache is None and self._cache_layers:
+            cache = pass_through(self._cache_layers)
+        inputs: dict[str, Any] = {"input_ids": to_device(ids, self.device), "use_cache": cache is not None}
+        if cache is not None:
+            inputs["past_key_values"] = cache
         # Padding stands behind what is scored, where a causal model does not look: without prefixes there is nothing to
-        # mask, and transformers need not look at a mask either, which on a GPU would wait for it.
-        if prefixes is not None:
-            from transformers import DynamicCache
-
-            lengths = torch.from_numpy(prefixes.lengths)[:, None]
-            before = torch.arange(prefixes.layers[0][0].shape[2]) < lengths
+        # mask.
+        if before is not None:
+            lengths = torch.from_numpy(before)[:, None]
+            kept = torch.arange(int(before.max())) < lengths
             own = torch.arange(width) < torch.tensor([len(sequence.ids) for sequence in sequences])[:, None]
-            inputs["attention_mask"] = torch.cat([before, own], dim=1).long().to(self.device)
-            inputs["position_ids"] = (lengths + torch.arange(width)).to(self.device)
-            inputs["past_key_values"] = DynamicCache(prefixes.layers)
-        nll, cache = self.head.response_nll(inputs, scored)
-        return nll, cache if keep else None
+            inputs["attention_mask"] = to_device(torch.cat([kept, own], dim=1).long(), self.device)
+            inputs["position_ids"] = to_device(lengths + torch.arange(width), self.device)
+        return self.head.response_nll(inputs, scored)
 
     @torch.inference_mode()
-    def _check_sharing(self) -> int:
+    def _check_sharing(self) -> None:
         """Runs a sequence whole and behind its own beginning, in a batch with another: both must agree.
 
-        The cache must keep every key and value: a recurrent state cannot be padded, and a sliding window forgets.
+        The model's own cache must keep every key and value: a recurrent state cannot be padded, and a sliding window
+        forgets.
         """
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        from transformers import cache_utils
 
         ids = np.arange(14, dtype=np.int32) % self.vocab_size
         none, last = np.empty(0, np.int32), np.array([6], np.int32)
         whole = [TokenSequence(ids[:7], last, last), TokenSequence(ids[7:], last, last)]
+        beginnings = [TokenSequence(ids[:5], none, none), TokenSequence(ids[7:10], none, none)]
+        both = np.arange(2)
         try:
-            cache = self._run([TokenSequence(ids[:5], none, none), TokenSequence(ids[7:10], none, none)], None, True)[1]
-            if cache is None or not all(
-                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-            ):
-                return 0
-            prefixes = Prefixes([(layer.keys, layer.values) for layer in cache.layers], np.array([5, 3]))
-            behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes)
+            expected = self.response_nll(whole)
+            own = self.model(torch.from_numpy(ids)[None].long().to(self.device), use_cache=True).past_key_values
+            # A layer of the last kind attends to the keys of another.
+            kinds = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+            if any(type(layer) not in [getattr(cache_utils, kind, None) for kind in kinds] for layer in own.layers):
+                return
+            self._cache_layers = len(own.layers)
+            prefixes = self.prefixes(np.array([5, 3]))
+            self.response_nll_and_keep(beginnings, prefixes, both)
+            behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes, both)
+            agreed = agree(torch.stack([behind, self.response_nll(whole)]), expected.expand(2, 2), self.model.dtype)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             _log.debug("%s cannot share prefixes: %s", self.name, error)
-            return 0
+            agreed = False
         # The losses are float32, their rounding is that of the model's type.
-        if not agree(behind, self.response_nll(whole), self.model.dtype):
-            return 0
-        kept = sum(tensor.nbytes for layer in prefixes.layers for tensor in layer)
-        self.cache_bytes_per_token = kept // prefixes.layers[0][0].shape[0] // prefixes.layers[0][0].shape[2]
-        windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        return min([window - 1 for window in windows], default=sys.maxsize)
+        if not agreed:
+            self._cache_layers = 0
+            return
+        self.cache_bytes_per_token = prefixes.bytes_per_token()
+        windows = [getattr(layer, "sliding_window", sys.maxsize) for layer in own.layers]
+        self.shared_length = min(windows) - 1
 
 
 def load_model(
@@ -264,35 +249,6 @@ def load_tokenizer(model: str | Path, tokenizer: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, "tokenizer", *_locate(model if tokenizer is None else tokenizer))
-
-
-def choose_device(device: str) -> str:
-    """`auto` is the GPU where there is one and the kernels were built for it, otherwise the CPU."""
-    if device != "auto":
-        try:
-            kind = torch.device(device).type
-        except RuntimeError:
-            raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: no CUDA device is available")
-        return device
-    if not torch.cuda.is_available():
-        return "cpu"
-    if not ops.build_info()["cuda"]:
-        _log.warning("a GPU is present but this build has no CUDA kernels: running on the CPU")
-        return "cpu"
-    return "cuda"
-
-
-def choose_dtype(dtype: str | torch.dtype, device: str) -> Any:
-    """What to load the weights as: a torch type, or "auto" for the checkpoint's own. ValueError for another name."""
-    if dtype == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if dtype in _DTYPES:
-        return _DTYPES[str(dtype)]
-    raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
 
 
 def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, Unit, plan_batches
-from miwv_fast.model import CausalLM, Prefixes
+from miwv_fast.model import CausalLM
+
+if TYPE_CHECKING:
+    from miwv_fast.prefixes import Prefixes
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +70,12 @@ class Runner:
         zero, one = [], []
         if len(unit.roots):
             roots = [sequences.prefix(int(i), bool(s)) for i, s in zip(unit.roots, unit.scored, strict=True)]
-            nll, prefixes, row = self._run_roots(unit.roots, roots, advance)
+            prefixes = self.lm.prefixes(np.array([len(root.ids) for root in roots]))
+            nll = self._in_batches(
+                roots, lambda chosen, places: self.lm.response_nll_and_keep(chosen, prefixes, places), advance
+            )
             zero.append((unit.roots[unit.scored], nll[unit.scored]))
+            row = {record: place for place, record in enumerate(unit.roots.tolist())}
             parents = np.array([row[sequences.parent(int(i))] for i in unit.children])
             behind = [
                 sequences.one_shot(int(i)).behind(int(prefixes.lengths[parent]))
@@ -87,34 +94,16 @@ class Runner:
                 )
         return UnitResult(_join(zero), _join(one), self._forwarded, self._padded)
 
-    def _run_roots(
-        self, records: np.ndarray, roots: Sequence[TokenSequence], advance: Callable[[int], None]
-    ) -> tuple[np.ndarray, Prefixes, dict[int, int]]:
-        kept: list[Prefixes] = []
-        order: list[int] = []
-
-        def run(chosen: list[TokenSequence], places: np.ndarray) -> torch.Tensor:
-            nll, prefixes = self.lm.response_nll_and_prefixes(chosen)
-            kept.append(prefixes)
-            order.extend(places.tolist())
-            return nll
-
-        nll = self._in_batches(roots, run, advance)
-        return nll, Prefixes.join(kept), {int(records[place]): row for row, place in enumerate(order)}
-
     def _run_children(
         self, behind: Sequence[TokenSequence], parents: np.ndarray, prefixes: Prefixes, advance: Callable[[int], None]
     ) -> np.ndarray:
         def run(chosen: list[TokenSequence], places: np.ndarray) -> torch.Tensor:
-            picked = prefixes.pick(parents[places])
-            width = int(picked.lengths.max()) + max(len(sequence.ids) for sequence in chosen)
+            rows = parents[places]
+            width = int(prefixes.lengths[rows].max()) + max(len(sequence.ids) for sequence in chosen)
             if width <= self.lm.shared_length:
-                return self.lm.response_nll(chosen, picked)
+                return self.lm.response_nll(chosen, prefixes, rows)
             # Padding between a short prefix and its continuation would push the prefix out of a sliding window.
-            alone = [
-                self.lm.response_nll([sequence], prefixes.pick(parents[[place]]))
-                for sequence, place in zip(chosen, places, strict=True)
-            ]
+            alone = [self.lm.response_nll([sequence], prefixes, rows[[place]]) for place, sequence in enumerate(chosen)]
             return torch.cat(alone)
 
         return self._in_batches(behind, run, advance)

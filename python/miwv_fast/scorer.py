@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from miwv_fast.devices import choose_device, choose_dtype
 from miwv_fast.embedding import (
     DEFAULT_EMBEDDER,
     Embedder,
@@ -27,7 +28,6 @@ from miwv_fast.errors import Interrupted
 from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
 from miwv_fast.job import Job
-from miwv_fast.model import choose_device, choose_dtype
 from miwv_fast.progress import Progress
 from miwv_fast.records import Records, read_records
 from miwv_fast.scores import Scores, read_embeddings

@@ -1,0 +1,126 @@
+"""Keys and values of sequences that others continue: written as the sequences run, read as others run behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from miwv_fast.devices import to_device
+
+
+class Prefixes:
+    """Keys and values of R sequences, token behind token, those of a layer in two tensors [sum of lengths, heads, D].
+
+    `lengths` int64 [R]. A layer that attends to another's keys has none.
+    """
+
+    def __init__(self, lengths: np.ndarray, layers: int) -> None:
+        self.lengths = lengths
+        self._starts = np.cumsum([0, *lengths[:-1]])
+        self._layers = [_Kept(int(lengths.sum())) for _ in range(layers)]
+
+    def keep(self, rows: np.ndarray) -> Cache:
+        """The cache for a pass over sequences `rows`, [B], from their beginning: what it is given stays here."""
+        position = np.arange(self.lengths[rows].max())
+        own = position < self.lengths[rows, None]
+        to = _OnDevices((self._starts[rows, None] + position)[own])
+        tokens = _OnDevices(np.flatnonzero(own))
+        return Cache(layers=[_Writer(layer, tokens, to) for layer in self._layers])
+
+    def behind(self, rows: np.ndarray) -> Cache:
+        """The cache for a pass that continues sequences `rows`, [B], which may repeat; as wide as the longest.
+
+        Behind the end of a shorter one stands some other token, for a mask to hide.
+        """
+        position = np.arange(self.lengths[rows].max())
+        tokens = np.where(position < self.lengths[rows, None], self._starts[rows, None] + position, 0)
+        picked = _OnDevices(tokens.reshape(-1))
+        return Cache(layers=[_Reader(layer, picked, len(position)) for layer in self._layers])
+
+    def bytes_per_token(self) -> int:
+        """What the keys and values of one token take."""
+        return sum(tensor[0].nbytes for layer in self._layers for tensor in (layer.keys, layer.values) if len(tensor))
+
+
+def pass_through(layers: int) -> Cache:
+    """The cache for a pass that nothing continues: it keeps nothing, and spares models a look at the positions."""
+    return Cache(layers=[_Layer() for _ in range(layers)])
+
+
+class _Kept:
+    """What one layer keeps: room for so many tokens, taken when the first of them come."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self.keys = self.values = torch.empty(0)
+
+    def make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not len(self.keys):
+            self.keys, self.values = (new.new_empty(self._tokens, *new.shape[1::2]) for new in (keys, values))
+
+
+class _OnDevices:
+    """Indices on every device that asks for them, copied there once."""
+
+    def __init__(self, indices: np.ndarray) -> None:
+        self._indices = torch.from_numpy(indices)
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._copies:
+            self._copies[device] = to_device(self._indices, device)
+        return self._copies[device]
+
+
+class _Layer(DynamicLayer):
+    """Keeps nothing: a pass attends to its own keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+
+class _Writer(_Layer):
+    def __init__(self, kept: _Kept, tokens: _OnDevices, to: _OnDevices) -> None:
+        super().__init__()
+        self._kept, self._tokens, self._to = kept, tokens, to
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._kept.make_room(key_states, value_states)
+        for kept, new in ((self._kept.keys, key_states), (self._kept.values, value_states)):
+            tokens = new.transpose(1, 2).flatten(0, 1).index_select(0, self._tokens.on(new.device))
+            kept.index_copy_(0, self._to.on(new.device), tokens)
+        return key_states, value_states
+
+
+class _Reader(_Layer):
+    """Picks the tokens when its layer asks, so that no pass holds those of more than one layer."""
+
+    def __init__(self, kept: _Kept, tokens: _OnDevices, width: int) -> None:
+        super().__init__()
+        self._kept, self._tokens, self._width = kept, tokens, width
+
+    def get_seq_length(self) -> int:
+        return self._width
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._continued(self._kept.keys, key_states), self._continued(self._kept.values, value_states)
+
+    def _continued(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, size = new.shape
+        both = new.new_empty(batch, self._width + length, heads, size).transpose(1, 2)
+        before = kept.index_select(0, self._tokens.on(new.device)).view(batch, self._width, heads, size)
+        both[:, :, : self._width] = before.transpose(1, 2)
+        both[:, :, self._width :] = new
+        return both

@@ -1,0 +1,113 @@
+"""Kept keys and values: what is written where, which models can share them, and that no pass waits for its device."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.model import CausalLM
+from miwv_fast.prefixes import Prefixes
+from support import tiny_model
+
+VOCAB = 300
+
+
+def sequence(length: int, seed: int, scored: int = 3) -> TokenSequence:
+    ids = np.random.default_rng(seed).integers(0, VOCAB, length + 1, dtype=np.int32)
+    rows = np.arange(length - scored, length, dtype=np.int32)
+    return TokenSequence(ids[:-1], rows, ids[rows + 1])
+
+
+def causal_lm(kind: str, **options: object) -> CausalLM:
+    model = tiny_model(kind, VOCAB)
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    return CausalLM(model, None, kind)
+
+
+def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
+    torch.manual_seed(0)
+    prefixes = Prefixes(np.array([4, 2, 3]), 2)
+    keys, values = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 6)
+    for rows, width in (([2, 1], 3), ([0], 4)):
+        cache = prefixes.keep(np.array(rows))
+        assert cache.get_seq_length() == 0
+        for layer in range(2):
+            given = keys[rows, :, :width] + layer, values[rows, :, :width] - layer
+            assert all(out is new for out, new in zip(cache.update(*given, layer), given, strict=True))
+    assert prefixes.bytes_per_token() == 2 * 2 * (5 + 6) * 4
+    rows = [1, 2, 1]
+    cache = prefixes.behind(np.array(rows))
+    assert cache.get_seq_length() == 3 and cache.get_mask_sizes(7, 0) == (10, 0)
+    own = torch.randn(3, 2, 7, 5), torch.randn(3, 2, 7, 6)
+    for layer in range(2):
+        before = keys[rows] + layer, values[rows] - layer
+        for read, kept, new in zip(cache.update(*own, layer), before, own, strict=True):
+            assert read.shape == (3, 2, 10, new.shape[3]) and torch.equal(read[:, :, 3:], new)
+            for place, length in enumerate((2, 3, 2)):
+                assert torch.equal(read[place, :, :length], kept[place, :, :length])
+
+
+def test_behind_a_shorter_prefix_stands_another_token():
+    """Not whatever memory held, which could be NaN: no mask hides that."""
+    prefixes = Prefixes(np.array([6, 2]), 1)
+    for row, length in ((0, 6), (1, 2)):
+        keys = torch.full((1, 1, length, 3), 1.0 + row)
+        prefixes.keep(np.array([row])).update(keys, keys, 0)
+    read, _ = prefixes.behind(np.array([0, 1])).update(*[torch.full((2, 1, 1, 3), 3.0)] * 2, 0)
+    assert read[:, 0, :, 0].tolist() == [[1.0] * 6 + [3], [2, 2, 1, 1, 1, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gemma2", "gemma3", "gemma3n", "granite", "cohere", "gpt2", "phi", "mistral"]
+)
+def test_behind_a_prefix_as_whole(kind):
+    """Continuations of prefixes of different lengths, in one batch, one prefix twice."""
+    lm = causal_lm(kind)
+    assert lm.shared_length > 100 and lm.cache_bytes_per_token > 0
+    whole = [sequence(length, seed) for length, seed in ((30, 1), (21, 2), (26, 1))]
+    whole[2].ids[:9] = whole[0].ids[:9]
+    kept, rows = np.array([9, 14]), np.array([0, 1, 0])
+    prefixes = lm.prefixes(kept)
+    scored = np.array([5, 7], np.int32)
+    beginnings = [TokenSequence(whole[row].ids[: kept[row]], scored, whole[row].ids[scored + 1]) for row in (0, 1)]
+    for row in (1, 0):
+        nll = lm.response_nll_and_keep([beginnings[row]], prefixes, np.array([row]))
+        torch.testing.assert_close(nll, lm.response_nll([beginnings[row]]), rtol=0, atol=2e-5)
+    behind = [one.behind(int(kept[row])) for one, row in zip(whole, rows, strict=True)]
+    torch.testing.assert_close(lm.response_nll(behind, prefixes, rows), lm.response_nll(whole), rtol=0, atol=2e-5)
+
+
+def test_who_cannot_share():
+    assert causal_lm("mamba").shared_length == causal_lm("falcon_h1").shared_length == 0
+    assert causal_lm("mistral", sliding_window=16).shared_length == 15
+    assert causal_lm("llama").shared_length == sys.maxsize - 1
+
+
+ASK = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero")}
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where a tensor's value is asked for: on a GPU that waits for all work before it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in ASK, "a value is asked for"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_no_pass_waits_for_its_device(kind):
+    lm = causal_lm(kind)
+    short, long = sequence(12, 3), sequence(20, 4)
+    with NeverWaits():
+        lm.response_nll([short, long])
+        prefixes = lm.prefixes(np.array([12, 20]))
+        lm.response_nll_and_keep([long, short], prefixes, np.array([1, 0]))
+        lm.response_nll([short, long], prefixes, np.array([0, 1]))
+    with pytest.raises(AssertionError, match="a value is asked for"), NeverWaits(), torch.inference_mode():
+        bool(torch.ones(1))
