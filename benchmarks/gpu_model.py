@@ -99,6 +99,7 @@ def measure_model(
     """One pass over all units; what it took, and how that compares with the device's own matrix products."""
     from miwv_fast.forest import forwarded_tokens, plan_units
     from miwv_fast.info import package_versions
+    from miwv_fast.job import UNIT_BATCHES
     from miwv_fast.model import CausalLM
     from miwv_fast.runner import Runner
 
@@ -110,7 +111,7 @@ def measure_model(
     one = zero + zero[lengths.demonstration]
     parents = lengths.demonstration if share else np.full(records, -1)
     plan = (zero, one, zero, parents)
-    units = plan_units(*plan, cache_tokens=runner.cache_tokens(), unit_tokens=64 * budget)
+    units = plan_units(*plan, cache_tokens=runner.cache_tokens(), unit_tokens=UNIT_BATCHES * budget)
     runner.run(units[-1], lengths, lambda tokens: None)  # kernels are loaded and tuned
     synchronize(device)
     if device.type == "cuda":
