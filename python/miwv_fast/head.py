@@ -63,6 +63,8 @@ def find_head(model: Any, name: str) -> Head:
         logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name} gives no logits; it is no causal language model")
+    if not _is_causal(model, inputs, logits):
+        raise ValueError(f"{name} sees the tokens that follow; it is no causal language model")
     direct = _try_direct(model, inputs, scored, logits)
     if direct is not None:
         return direct
@@ -162,6 +164,15 @@ def positions_at_a_time(model: Any) -> int:
 
 
 # ---- Trying them
+
+
+@torch.inference_mode()
+def _is_causal(model: Any, inputs: dict[str, Any], logits: Tensor) -> bool:
+    """Whether the last token leaves the logits before it as they are: an encoder's do change."""
+    ids = inputs["input_ids"].clone()
+    ids[:, -1] = (ids[:, -1] + 1) % int(model.config.get_text_config().vocab_size)
+    before, other = logits[:, :-1], model(**inputs | {"input_ids": ids}).logits[:, :-1]
+    return not before.isfinite().all() or agree(other, before)
 
 
 @torch.inference_mode()

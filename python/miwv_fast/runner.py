@@ -106,20 +106,22 @@ class Runner:
             alone = [self.lm.response_nll([sequence], prefixes, rows[[place]]) for place, sequence in enumerate(chosen)]
             return torch.cat(alone)
 
-        return self._in_batches(behind, run, advance)
+        return self._in_batches(behind, run, advance, prefixes.lengths[parents])
 
     def _in_batches(
         self,
         sequences: Sequence[TokenSequence],
         run: Callable[[list[TokenSequence], np.ndarray], torch.Tensor],
         advance: Callable[[int], None],
+        before: np.ndarray | None = None,
     ) -> np.ndarray:
         """Losses float32 [B] of all sequences; results stay on the device until the last batch is under way."""
         lengths = np.array([len(sequence.ids) for sequence in sequences])
+        before = np.zeros_like(lengths) if before is None else before
         left = np.arange(len(sequences))
         done: list[tuple[np.ndarray, torch.Tensor]] = []
         while len(left):
-            for batch in plan_batches(lengths[left], self.batch_tokens, self._overhead):
+            for batch in plan_batches(lengths[left], self.batch_tokens, self._overhead, before[left]):
                 places = left[batch]
                 try:
                     nll = run([sequences[place] for place in places], places)

@@ -1,0 +1,111 @@
+"""Every causal model of transformers that can be made small: its losses are its own, shared prefixes change none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.model import CausalLM
+from test_prefixes import VOCAB, sequence
+
+# The names that configurations have for the same few things.
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "attention_hidden_size")
+INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "hidden_dim")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads")
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(WIDTHS, 32),
+    **dict.fromkeys(INNER, 64),
+    **dict.fromkeys(LAYERS, 2),
+    **dict.fromkeys(HEADS, 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("head_dim", "rotary_dim", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 512),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_state"), 16),
+    **{"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "state_size": 8},
+    **{"vocab_size": VOCAB, "moe_intermediate_size": 32, "initializer_range": 0.3},
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+}
+LARGEST = 30_000_000  # parameters
+
+
+def known(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # some refuse to answer
+        return False
+
+
+# What some configurations want otherwise: heads whose width follows from others, as many key heads as heads, layers of
+# several kinds, token numbers of their own.
+OTHERWISE: tuple[dict[str, Any], ...] = (
+    {},
+    {"head_dim": None},
+    {"num_key_value_heads": 4, "head_dim": None},
+    dict.fromkeys(LAYERS, 4),
+    {**dict.fromkeys(LAYERS, 8), "head_dim": None},
+    {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+)
+
+
+def small_model(kind: str) -> Any:
+    """The first of its small forms that gives logits; skips where none does."""
+    reason = ""
+    for otherwise in OTHERWISE:
+        try:
+            model = _build(kind, SIZES | otherwise)
+            with torch.no_grad():
+                model(torch.arange(6)[None])
+            return model
+        except Exception as error:  # whatever a configuration or a model does not like
+            reason = reason or str(error)
+    pytest.skip(f"cannot be made small: {reason}".splitlines()[0][:100])
+
+
+def _build(kind: str, sizes: dict[str, Any]) -> Any:
+    default = CONFIG_MAPPING[kind]()
+    left_out = "head_dim" if sizes["head_dim"] is None else ""
+    options = {name: value for name, value in sizes.items() if name != left_out and known(default, name)}
+    config = type(default)(**options)
+    layers = sizes["num_hidden_layers"]
+    if known(config, "layer_types") and config.layer_types and len(config.layer_types) != layers:
+        config = type(default)(**options, layer_types=list(config.layer_types)[:layers])
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    assert size <= LARGEST, f"{size:,} parameters"
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_losses_are_those_of_the_model(kind: str) -> None:
+    model = small_model(kind)
+    whole = [sequence(30, 1), sequence(21, 2), sequence(26, 3)]
+    whole[2].ids[:9] = whole[0].ids[:9]
+    try:
+        lm = CausalLM(model, None, kind)
+    except ValueError as error:
+        assert "sees the tokens that follow" in str(error)
+        return
+    with torch.no_grad():
+        logits = [model(torch.from_numpy(one.ids).long()[None]).logits[0].double() for one in whole]
+    rows, targets = ([torch.from_numpy(getattr(one, name)).long() for one in whole] for name in ("rows", "targets"))
+    expected = [-x.log_softmax(-1)[row, target].mean() for x, row, target in zip(logits, rows, targets, strict=True)]
+    losses = lm.response_nll(whole)
+    torch.testing.assert_close(losses, torch.stack(expected).float(), rtol=0, atol=5e-5)
+    if not lm.shared_length:
+        return
+    kept, continued, scored = np.array([9, 14]), np.array([0, 1, 0]), np.array([5, 7], np.int32)
+    prefixes = lm.prefixes(kept)
+    beginnings = [TokenSequence(whole[i].ids[: kept[i]], scored, whole[i].ids[scored + 1]) for i in (0, 1)]
+    lm.response_nll_and_keep(beginnings, prefixes, np.arange(2))
+    behind = [one.behind(int(kept[i])) for one, i in zip(whole, continued, strict=True)]
+    torch.testing.assert_close(lm.response_nll(behind, prefixes, continued), losses, rtol=0, atol=5e-5)
