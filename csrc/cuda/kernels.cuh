@@ -3,7 +3,7 @@
 //   log p(t | x) = x[t] - m - log(sum_v exp(x[v] - m)),  m = max_v x[v]
 //
 // Streaming softmax (Milakov and Gimelshein, arXiv 1805.02867) with one exponential per element; 2 or 4 bytes and about
-// 6 instructions per element, 8 where a row does not start on 16 bytes. For means, 8 bytes of scratch memory per token
+// 6 instructions per element, 8 where not every row starts on 16 bytes. For means, 8 bytes of scratch memory per token
 // and logits.
 //
 // How a row is summed depends on its length alone, never on its address, on the other rows, or on how many blocks work
@@ -30,9 +30,10 @@ constexpr uint32_t kMaxSlices = 64;
 constexpr uint32_t kOneWarpVectors = 512;  // a body up to this long is left to one warp, and a block does kWarps rows
 constexpr int kReduceThreads = 128;
 
-// Blocks per multiprocessor that registers must leave room for: 64 KB of loads in flight there.
-constexpr int min_blocks(uint32_t group) {
-  return group == kThreads ? 4 : 3;
+// Blocks per multiprocessor that registers must leave room for: 64 KB of loads in flight there, 48 KB of them
+// different.
+constexpr int min_blocks(uint32_t group, bool aligned) {
+  return group == kThreads && aligned ? 4 : 3;
 }
 
 // ---- Parameters
@@ -134,9 +135,10 @@ __device__ __forceinline__ Map make_map(const SweepParams& p) {
     return p.cap;
 }
 
-// kGroup threads do a row: a warp, or a block. blockIdx is (row or rows, slice where rows are split, side).
-template <class D, class Map, uint32_t kGroup>
-__global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __grid_constant__ SweepParams p) {
+// kGroup threads do a row: a warp, or a block. blockIdx is (row or rows, slice where rows are split, side). kAligned:
+// every row starts on 16 bytes.
+template <class D, class Map, uint32_t kGroup, bool kAligned>
+__global__ void __launch_bounds__(kThreads, min_blocks(kGroup, kAligned)) sweep(const __grid_constant__ SweepParams p) {
   using Raw = typename D::Raw;
   constexpr uint32_t kPerVector = 16 / sizeof(Raw);
   static_assert(kGroup >= 3 * kPerVector - 1, "one thread for each peeled element");
@@ -167,10 +169,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup)) sweep(const __gr
   for (uint32_t slice = blockIdx.y; slice < p.slices; slice += gridDim.y) {
     acc = OnlineSoftmax();
     const uint32_t begin = slice * p.slice_vectors, end = min(begin + p.slice_vectors, p.body);
-    if (past == 0)
-      add_share<D, Map, kGroup, true>(acc, aligned, begin + t, end, 0, map, p.c);
-    else
-      add_share<D, Map, kGroup, false>(acc, aligned, begin + t, end, past, map, p.c);
+    add_share<D, Map, kGroup, kAligned>(acc, aligned, begin + t, end, past, map, p.c);
     if (has_peeled && slice + 1 == p.slices) {
       hold(peeled_raw);
       add_logit(acc, map(D::from_raw(peeled_raw)), p.c);

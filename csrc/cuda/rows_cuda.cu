@@ -72,13 +72,20 @@ void check_sizes(const Logits& logits, int64_t num_tokens) {
   MIWV_CHECK(num_tokens < INT_MAX, "targets have ", num_tokens, " entries, on CUDA they must have less than 2^31 - 1");
 }
 
-template <class D, class Map>
+// Whether every row starts on 16 bytes.
+bool is_aligned(const Logits& logits) {
+  const int64_t size = logits.dtype == DType::kFloat32 ? 4 : 2;
+  const auto base = reinterpret_cast<uintptr_t>(logits.data);
+  return base % 16 == 0 && logits.row_stride * size % 16 == 0 && logits.batch_stride * size % 16 == 0;
+}
+
+template <class D, class Map, bool kAligned>
 void sweep_rows_of(const SweepParams& p, int sides, bool split, const Launch& launch) {
   const unsigned tokens = static_cast<unsigned>(p.num_tokens), by_warps = (tokens + kWarps - 1) / kWarps;
   if (p.body <= kOneWarpVectors)
-    start(&sweep<D, Map, 32>, dim3(by_warps, 1, sides), kThreads, launch, p);
+    start(&sweep<D, Map, 32, kAligned>, dim3(by_warps, 1, sides), kThreads, launch, p);
   else
-    start(&sweep<D, Map, kThreads>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
+    start(&sweep<D, Map, kThreads, kAligned>, dim3(tokens, split ? p.slices : 1, sides), kThreads, launch, p);
   if (split) start(&combine_rows<D, Map>, dim3(by_warps, 1, sides), kThreads, launch, p);
 }
 
@@ -100,10 +107,14 @@ void sweep_rows(SweepParams& p, int sides, const Launch& launch) {
   if (split) p.partials = reinterpret_cast<OnlineSoftmax*>(scratch);
   with_dtype(p.logits[0].dtype, [&](auto d) {
     using D = decltype(d);
+    const auto sweep_as = [&](auto map, auto aligned) {
+      sweep_rows_of<D, decltype(map), decltype(aligned)::value>(p, sides, split, launch);
+    };
+    const bool aligned = is_aligned(p.logits[0]) && (sides == 1 || is_aligned(p.logits[1]));
     if (capped)
-      sweep_rows_of<D, Capped>(p, sides, split, launch);
+      aligned ? sweep_as(Capped{}, std::true_type{}) : sweep_as(Capped{}, std::false_type{});
     else
-      sweep_rows_of<D, Plain>(p, sides, split, launch);
+      aligned ? sweep_as(Plain{}, std::true_type{}) : sweep_as(Plain{}, std::false_type{});
   });
 }
 

@@ -67,11 +67,11 @@ def test_no_pass_waits(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_the_budget_is_halved_when_memory_runs_out(caplog: pytest.LogCaptureFixture) -> None:
-    model, rows = tiny_model("llama", len(byte_level())).to(DEVICE), make_rows("alpaca", 400)
+    model, rows = tiny_model("llama", len(byte_level())).to(DEVICE), make_rows("alpaca", 3000)
     expected = score(model, rows).table
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + (24 << 20)) / total, DEVICE)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + (100 << 20)) / total, DEVICE)
     try:
         table = score(model, rows, batch_tokens=10**6).table
     finally:

@@ -76,17 +76,17 @@ std::string label(DType d, int64_t vocab, Split split) {
 // that are even, odd, and with a short last slice.
 constexpr int64_t kVocabs[] = {1, 7, 15, 24, 31, 256, 1000, 2057, 4112, 4127, 8200, 20011, 32001, 50257};
 
-// Every byte of a chosen row is read, none of any other. Once where a row starts on 16 bytes; otherwise neighbouring
+// Every byte of a chosen row is read, none of any other. Once where all rows start on 16 bytes; otherwise neighbouring
 // threads may both ask for the 16 bytes that their vectors share. The target is read once more.
 void expect_reads(const Matrix& m, const std::vector<int64_t>& rows, const std::vector<int64_t>& targets,
                   const std::string& what) {
   const int64_t size = size_of(m.logits.dtype);
   const char* const data = static_cast<const char*>(m.logits.data);
+  const char most = reinterpret_cast<uintptr_t>(data) % 16 || m.logits.row_stride * size % 16 ? 2 : 1;
   std::vector<char> limit(m.bytes, 0);
   std::vector<uint8_t> target(m.bytes, 0);
   for (size_t k = 0; k < rows.size(); ++k) {
     const char* const row = data + rows[k] * m.logits.row_stride * size;
-    const char most = reinterpret_cast<uintptr_t>(row) % 16 ? 2 : 1;
     std::fill_n(limit.begin() + (row - m.memory.data), m.logits.vocab * size, most);
     std::fill_n(target.begin() + (row - m.memory.data) + targets[k] * size, size, 1);
   }
