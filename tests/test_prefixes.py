@@ -92,6 +92,21 @@ def test_who_cannot_share():
 ASK = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero")}
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", "gemma3n"])
+def test_a_sequence_longer_than_the_window(kind):
+    """It is run whole, behind a cache that keeps nothing: the window is the model's own."""
+    lm = causal_lm(kind, sliding_window=12)
+    whole = [sequence(30, 1), sequence(21, 2)]
+    losses = []
+    for one in whole:
+        with torch.no_grad():
+            logits = lm.model(torch.from_numpy(one.ids).long()[None], use_cache=False).logits[0].double()
+        losses.append(-logits.log_softmax(-1)[torch.from_numpy(one.rows).long(), torch.from_numpy(one.targets).long()])
+    expected = torch.stack([loss.mean() for loss in losses]).float()
+    assert lm.shared_length == 11
+    torch.testing.assert_close(lm.response_nll(whole), expected, rtol=0, atol=2e-5)
+
+
 class NeverWaits(TorchDispatchMode):
     """Fails where a tensor's value is asked for: on a GPU that waits for all work before it."""
 
