@@ -70,13 +70,15 @@ MIWV_TARGET MIWV_INLINE float block_max(const T* block, int64_t groups, const Ma
   return Simd::horizontal_max(Simd::max_but_nan(top0, top1));
 }
 
-// kMasked: the block may hold -inf, or finite logits that stand for it.
-template <bool kMasked, class Map, class T>
-MIWV_TARGET MIWV_INLINE Simd::Float block_sum(const T* block, int64_t groups, const Map& map, float reference,
-                                              float c) {
+// kMasked: the block may hold -inf, or finite logits that stand for it. kAhead: as many bytes are fetched from `ahead`.
+template <bool kMasked, bool kAhead, class Map, class T>
+MIWV_TARGET MIWV_INLINE Simd::Float block_sum(const T* block, int64_t groups, const Map& map, float reference, float c,
+                                              const T* ahead) {
   const Simd::Shift shift(reference, c);
   Simd::Float sum0 = Simd::broadcast(0), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   for (int64_t i = 0; i < groups * Simd::kGroup; i += Simd::kGroup) {
+    if (kAhead)
+      for (int64_t v = 0; v < Simd::kGroup; v += kCacheLine / sizeof(T)) fetch(ahead + i + v);
     Simd::Float x0, x1, x2, x3;
     Simd::load_pair(block + i, x0, x1);
     Simd::load_pair(block + i + Simd::kGroup / 2, x2, x3);
@@ -98,8 +100,9 @@ struct RunningSum {
 
 enum class Step { kAdded, kNotANumber, kBeyondReference };
 
-template <class Map, class T>
-MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t groups, const Map& map, float c) {
+template <bool kAhead, class Map, class T>
+MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t groups, const Map& map, float c,
+                                       const T* ahead) {
   // A lane above this asks for a higher reference. Below it, exponents are at most 30, and rounding one costs 2^-20.
   constexpr float kOverflow = 0x1p30f;
   if (!row.has_reference) {
@@ -109,8 +112,8 @@ MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t 
     if (row.has_reference) row.reference = Simd::reference(top, c);
     if (!Simd::usable(row.reference)) return Step::kBeyondReference;
   }
-  Simd::Float sum = row.masked ? block_sum<true>(block, groups, map, row.reference, c)
-                               : block_sum<false>(block, groups, map, row.reference, c);
+  Simd::Float sum = row.masked ? block_sum<true, kAhead>(block, groups, map, row.reference, c, ahead)
+                               : block_sum<false, kAhead>(block, groups, map, row.reference, c, ahead);
   if (__builtin_expect(!Simd::all_at_most(sum, kOverflow), 0)) {
     row.masked |= Simd::any_nan(sum);
     const float raised = Simd::reference(block_max(block, groups, map), c);
@@ -119,14 +122,14 @@ MIWV_TARGET MIWV_INLINE Step add_block(RunningSum& row, const T* block, int64_t 
       row.total = Simd::scale(row.total, std::exp2(Simd::base2(row.reference, c) - Simd::base2(raised, c)));
       row.reference = raised;
     }
-    sum = block_sum<true>(block, groups, map, row.reference, c);
+    sum = block_sum<true, false>(block, groups, map, row.reference, c, block);
     if (Simd::any_nan(sum)) return Step::kNotANumber;
   }
   if (row.has_reference) row.total = Simd::widen_add(row.total, sum);
   return Step::kAdded;
 }
 
-template <class Map, class T>
+template <bool kAhead, class Map, class T>
 MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const LogitTransform& transform, const Map& map,
                                       float scale) {
   constexpr int64_t kBlock = 16 * Simd::kGroup;
@@ -134,8 +137,12 @@ MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const Logi
   RunningSum row{Simd::wide_zero(), 0, false, false};
   const int64_t whole = vocab / Simd::kGroup * Simd::kGroup;
   Step step = Step::kAdded;
-  for (int64_t begin = 0; begin < whole && step == Step::kAdded; begin += kBlock)
-    step = add_block(row, values + begin, std::min(kBlock, whole - begin) / Simd::kGroup, map, c);
+  for (int64_t begin = 0; begin < whole && step == Step::kAdded; begin += kBlock) {
+    constexpr int64_t kDistance = kFetchAhead / sizeof(T);
+    const T* const block = values + begin;
+    const T* const ahead = begin + kBlock + kDistance <= whole ? block + kDistance : block;  // the row ends before that
+    step = add_block<kAhead>(row, block, std::min(kBlock, whole - begin) / Simd::kGroup, map, c, ahead);
+  }
   if (whole < vocab && step == Step::kAdded) {
     alignas(64) float tail[Simd::kGroup];
     std::fill(tail, tail + Simd::kGroup, -__builtin_inff());
@@ -143,7 +150,7 @@ MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const Logi
     for (int64_t v = whole; v < vocab; ++v)
       tail[v - whole] = static_cast<float>(transform_logit(static_cast<float>(values[v]), cap));
     row.masked = true;
-    step = add_block(row, tail, 1, Plain(), c);
+    step = add_block<false>(row, tail, 1, Plain(), c, tail);
   }
   if (step == Step::kBeyondReference) return Simd::fallback(values, vocab, transform);
   if (step == Step::kNotANumber) return {0, kNaN};
@@ -155,19 +162,19 @@ MIWV_TARGET SoftmaxSum mapped_row_sum(const T* values, int64_t vocab, const Logi
 template <class T>
 MIWV_TARGET SoftmaxSum row_sum(const void* row, int64_t vocab, const LogitTransform& transform) {
   const T* values = static_cast<const T*>(row);
-  if (transform.softcap > 0) return mapped_row_sum(values, vocab, transform, Capped(transform), 1);
-  return mapped_row_sum(values, vocab, transform, Plain(), transform.scale);
+  if (transform.softcap > 0) return mapped_row_sum<false>(values, vocab, transform, Capped(transform), 1);
+  if (fetches_ahead()) return mapped_row_sum<true>(values, vocab, transform, Plain(), transform.scale);
+  return mapped_row_sum<false>(values, vocab, transform, Plain(), transform.scale);
 }
 
-// What the kernel above would cost if it only read. Without arithmetic between them the loads outrun the hardware
-// prefetcher, so this one is told where to go; the kernel gains nothing from that.
+// What the kernel above would cost if it only read. Without arithmetic between them the loads outrun any hardware
+// prefetcher, so this one is told where to go.
 MIWV_TARGET double read(const void* data, int64_t bytes) {
   const float* values = static_cast<const float*>(data);
   Simd::Float sum0 = Simd::broadcast(0), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   for (int64_t i = 0; i + Simd::kGroup <= bytes / 4; i += Simd::kGroup) {
-    constexpr int64_t kAhead = 8192, kCacheLine = 64;
     for (int64_t line = 0; line < 4 * Simd::kGroup; line += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kAhead + line);
+      __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kFetchAhead + line);
     Simd::Float x0, x1, x2, x3;
     Simd::load_pair(values + i, x0, x1);
     Simd::load_pair(values + i + Simd::kGroup / 2, x2, x3);
