@@ -29,8 +29,8 @@ inline void fetch(const void* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// Behind the kernel's arithmetic Intel's hardware prefetchers fall back: told where to go, bfloat16 is 1.5 times as fast,
-// float32 1.3 times (Xeon with AMX). On Zen 3 and 4 that gains nothing.
+// Behind the kernel's arithmetic Intel's hardware prefetchers fall back: told where to go, bfloat16 is 1.5 times as
+// fast, float32 1.3 times (Xeon with AMX). On Zen 3 and 4 that gains nothing.
 bool fetches_ahead() {
 #if defined(__x86_64__)
   static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
