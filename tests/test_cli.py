@@ -212,6 +212,9 @@ def test_demo(smollm2, minilm, tmp_path):
     assert len((tmp_path / "miwv-demo" / "selected.jsonl").read_text().splitlines()) == 12
     assert "it/s" not in done.stderr  # no bars of other libraries
     assert "best and worst" in done.stdout and "miwv-demo/selected.jsonl" in done.stdout
+    best = max(table.to_pylist(), key=lambda row: row["miwv"])
+    numbers = f"{best['miwv']:+.3f}", f"{best['nll_one_shot']:.3f}", f"{best['nll_zero_shot']:.3f}"
+    assert all(text in done.stdout for text in ("rank", "one-shot", *numbers))
 
 
 def test_import_costs_what_torch_costs():

@@ -62,7 +62,7 @@ def _show_extremes(scores: Scores, count: int) -> None:
     assert scores.source is not None
     rows = ((i, row.value["instruction"]) for i, row in enumerate(scores.source.rows()) if i in chosen)
     texts = {i: Text(printable(" ".join(text.split()))) for i, text in rows}
-    table = Table(title="Model Instruction Weakness Value: best and worst", title_justify="left")
+    table = Table(title="Model Instruction Weakness Value: best and worst", title_justify="left", expand=True)
     for name, justify in (("rank", "right"), ("MIWV", "right"), ("one-shot", "right"), ("zero-shot", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("instruction", overflow="ellipsis", no_wrap=True, ratio=1)
