@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, forwarded_tokens, plan_batches, plan_units
+from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, PREFIXES, forwarded_tokens, plan_batches, plan_units
 from miwv_fast.job import UNIT_BATCHES
 
 
@@ -99,9 +99,11 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens, overhead):
     units = plan_units(length, one, length, parent, cache_tokens=cache_tokens, unit_tokens=UNIT_BATCHES * batch_tokens)
     forwarded = padded = batches = 0
     for unit in units:
-        behind = one[unit.children] - length[parent[unit.children]]
-        for part in (length[unit.roots], behind, length[unit.zero_shot], one[unit.one_shot]):
-            for batch in plan_batches(part, batch_tokens, overhead):
+        before = length[parent[unit.children]]
+        parts = [(length[unit.roots], None), (one[unit.children] - before, before)]
+        parts += [(length[unit.zero_shot], None), (one[unit.one_shot], None)]
+        for part, prefixes in parts:
+            for batch in plan_batches(part, batch_tokens, overhead, prefixes):
                 forwarded += int(part[batch].sum())
                 padded += len(batch) * int(part[batch].max()) - int(part[batch].sum())
                 batches += 1
@@ -113,3 +115,26 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens, overhead):
     assert padded <= 0.02 * forwarded
     # Small batches cost speed: on a CPU half a budget is enough, on a GPU some thousand tokens.
     assert forwarded / batches > min(0.4 * batch_tokens, 4096)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3000)), min_size=1, max_size=60),
+    st.integers(1, 600),
+)
+def test_batches_behind_prefixes(pairs, batch_tokens):
+    """Every sequence once, within the budget, and no more of the prefixes than memory was planned for."""
+    lengths, before = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
+    batches = list(plan_batches(lengths, batch_tokens, before=before))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(pairs)))
+    for batch in batches:
+        if len(batch) > 1:
+            assert len(batch) * lengths[batch].max() <= batch_tokens
+            assert len(batch) * before[batch].max() <= PREFIXES * batch_tokens
+
+
+def test_a_long_prefix_does_not_widen_the_others():
+    """Short continuations of short prefixes are worth a batch without the one whose prefix is long."""
+    lengths, before = np.full(64, 16), np.full(64, 40)
+    before[30] = 2000
+    batches = list(plan_batches(lengths, 1024, before=before))
+    assert [len(batch) for batch in batches] == [1, 63] and batches[0].tolist() == [30]
