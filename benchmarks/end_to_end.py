@@ -25,6 +25,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -300,14 +301,10 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         for name in ("cpu", "wall")
         if "ours" in results
     }
-    words = sys.argv[1:]
-    if arguments.oda:
-        words[words.index("--oda") + 1] = "CHECKOUT"
-    if arguments.output:
-        place = words.index("--output")
-        del words[place : place + 2]
+    given = re.sub(r" --output[= ]\S+", "", " ".join(["", *sys.argv[1:]]))
+    given = re.sub(r" --oda[= ]\S+", " --oda CHECKOUT", given)
     return {
-        "command": " ".join(["python benchmarks/end_to_end.py", *words]),
+        "command": f"python benchmarks/end_to_end.py{given}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
         "threads": arguments.threads or torch.get_num_threads(),

@@ -1,12 +1,17 @@
-"""Every causal model of transformers that can be made small: its losses are its own, shared prefixes change none."""
+"""Every causal model of transformers that can be made small: its losses are its own, shared prefixes change none.
+
+`python tests/test_architectures.py` says how many there are of each sort.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -109,3 +114,24 @@ def test_losses_are_those_of_the_model(kind: str) -> None:
     lm.response_nll_and_keep(beginnings, prefixes, np.arange(2))
     behind = [one.behind(int(kept[i])) for one, i in zip(whole, continued, strict=True)]
     torch.testing.assert_close(lm.response_nll(behind, prefixes, continued), losses, rtol=0, atol=5e-5)
+
+
+def main() -> None:
+    """Counts what the test above sees."""
+    counts: Counter[str] = Counter()
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            lm = CausalLM(small_model(kind), None, kind)
+        except pytest.skip.Exception:
+            counts["cannot be made small"] += 1
+        except ValueError:
+            counts["see later tokens"] += 1
+        else:
+            counts.update(
+                {"causal": 1, f"of these: {lm.head.name}": 1, "of these: share prefixes": lm.shared_length > 0}
+            )
+    print(f"transformers {transformers.__version__}:", dict(counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -53,14 +53,29 @@ def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
                 assert torch.equal(read[place, :, :length], kept[place, :, :length])
 
 
-def test_behind_a_shorter_prefix_stands_another_token():
-    """Not whatever memory held, which could be NaN: no mask hides that."""
+def test_behind_a_shorter_prefix_stands_its_own_last_token():
+    """Neither what memory held nor another sequence's keys, which could be NaN: no mask hides that."""
     prefixes = Prefixes(np.array([6, 2]), 1)
-    for row, length in ((0, 6), (1, 2)):
-        keys = torch.full((1, 1, length, 3), 1.0 + row)
+    for row, values in ((0, [np.nan] * 6), (1, [2, 5])):
+        keys = torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
         prefixes.keep(np.array([row])).update(keys, keys, 0)
-    read, _ = prefixes.behind(np.array([0, 1])).update(*[torch.full((2, 1, 1, 3), 3.0)] * 2, 0)
-    assert read[:, 0, :, 0].tolist() == [[1.0] * 6 + [3], [2, 2, 1, 1, 1, 1, 3]]
+    read, _ = prefixes.behind(np.array([0, 1])).update(*[torch.full((2, 1, 1, 1), 3.0)] * 2, 0)
+    assert read[1, 0, :, 0].tolist() == [2, 5, 5, 5, 5, 5, 3]
+
+
+def test_a_prefix_that_is_not_finite_spoils_its_own_continuations_only():
+    """The one that is stored first, too, and in one batch with shorter ones."""
+    lm = causal_lm("llama")
+    long, short = sequence(20, 1), sequence(12, 2)
+    prefixes = lm.prefixes(np.array([20, 12]))
+    lm.response_nll_and_keep([long, short], prefixes, np.array([0, 1]))
+    rows = np.array([0, 1])
+    expected = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, rows)
+    with torch.inference_mode():
+        for kept in prefixes._layers:
+            kept.keys[:20] = kept.values[:20] = torch.nan
+    spoilt = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, rows)
+    assert spoilt[0].isnan() and spoilt[1] == expected[1] and expected.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,11 @@ class Prefixes:
     def behind(self, rows: np.ndarray) -> Cache:
         """The cache for a pass that continues sequences `rows`, [B], which may repeat; as wide as the longest.
 
-        Behind the end of a shorter one stands some other token, for a mask to hide.
+        Behind the end of a shorter one stands its own last token again, for a mask to hide: another sequence's could be
+        NaN, which no mask hides.
         """
         position = np.arange(self.lengths[rows].max())
-        tokens = np.where(position < self.lengths[rows, None], self._starts[rows, None] + position, 0)
+        tokens = self._starts[rows, None] + np.minimum(position, self.lengths[rows, None] - 1)
         picked = _OnDevices(tokens.reshape(-1))
         return Cache(layers=[_Reader(layer, picked, len(position)) for layer in self._layers])
 
