@@ -141,18 +141,7 @@ class Adapted(nn.Linear):
         return super().forward(hidden) + self.added(hidden)
 
 
-class Unused(nn.Linear):
-    """A head that the model does not call: it multiplies by the weight itself."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.weight = linear.weight
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden @ self.weight.T
-
-
-@pytest.mark.parametrize("replace", [Quantised, QuantisedLinear, Adapted, Unused])
+@pytest.mark.parametrize("replace", [Quantised, QuantisedLinear, Adapted])
 def test_heads_that_are_more_than_a_weight_take_the_safe_way(
     replace: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -179,10 +168,8 @@ def test_what_a_model_does_to_its_logits_must_be_known() -> None:
         model = tiny_model("llama", VOCAB)
         forward = model.forward
 
-        def changed(
-            *arguments: Any, forward: Any = forward, change: Any = change, logits_to_keep: Any = 0, **named: Any
-        ):
-            result = forward(*arguments, logits_to_keep=logits_to_keep, **named)
+        def changed(*arguments: Any, forward: Any = forward, change: Any = change, **named: Any) -> Any:
+            result = forward(*arguments, **named)
             result.logits = change(result.logits)
             return result
 
@@ -192,27 +179,42 @@ def test_what_a_model_does_to_its_logits_must_be_known() -> None:
         np.testing.assert_allclose(lm.response_nll(sequences()).numpy(), reference(model, sequences()), atol=2e-5)
 
 
-class Stubborn(nn.Module):
-    """A model whose `logits_to_keep` is missing, or means something else."""
+class Unused(nn.Linear):
+    """A head that the model does not call: it multiplies by the weight itself."""
 
-    def __init__(self, inner: Any, wrong: bool) -> None:
-        super().__init__()
-        self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
-        self.forward = self.with_keyword if wrong else self.without_keyword
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
 
-    def with_keyword(self, input_ids, use_cache, logits_to_keep=None):
-        return self.inner(input_ids=input_ids, logits_to_keep=0)
-
-    def without_keyword(self, input_ids, use_cache):
-        return self.inner(input_ids=input_ids)
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.weight.T
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_model_without_row_selection_gives_all_logits(
-    wrong: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def wrapped(model: Any) -> nn.Module:
+    """A model of one's own, that does not say what its head is."""
+
+    class Wrapped(nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return model(input_ids=input_ids)
+
+    outer: Any = Wrapped()
+    outer.config, outer.device, outer.dtype = model.config, model.device, model.dtype
+    return outer
+
+
+@pytest.mark.parametrize("hidden", ["unused", "unknown", "mixed"])
+def test_a_head_that_cannot_be_given_chosen_positions_gives_all_logits(
+    hidden: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is not called, not told, or what it gives is changed by where it stands."""
     model = tiny_model("llama", VOCAB)
-    lm = CausalLM(Stubborn(model, wrong), None, "stubborn")
+    if hidden == "unused":
+        model.lm_head = Unused(model.lm_head)
+    if hidden == "mixed":
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, out: out * torch.arange(1, out.shape[1] + 1)[:, None]
+        )
+    lm = CausalLM(wrapped(model) if hidden == "unknown" else model, None, "stubborn")
     assert isinstance(lm.head, AllLogits) and "all of them are computed, in small batches" in caplog.text
     np.testing.assert_allclose(lm.response_nll(sequences()).numpy(), reference(model, sequences()), atol=2e-5)
     assert lm.default_batch_tokens() == 1024

@@ -8,7 +8,6 @@ Which of them a model allows is tried on a few tokens when it is loaded, and not
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,7 +114,7 @@ class DirectHead:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Asks the model for logits at scored positions, by `logits_to_keep`; what comes before the head is run once."""
+    """Gives the model's own head scored positions only, whatever the head is; what comes before it is run once."""
 
     model: Any
     name: str = "rows"
@@ -124,24 +123,30 @@ class KeptRows:
         """In chunks of positions whose logits fit the workspace."""
         count, chunk = len(scored.rows), positions_at_a_time(self.model)
         if count <= chunk:
-            result = self._run(inputs, scored.rows)
-            there = scored.to(result.logits.device)
-            return ops.response_nll(_flat(result.logits), there.targets, there.offsets)
+            logits = self.logits(inputs, scored.rows)
+            there = scored.to(logits.device)
+            return ops.response_nll(logits, there.targets, there.offsets)
         logprobs = []
         with _run_once(self.model.base_model):
             for begin in range(0, count, chunk):
-                result = self._run(inputs, scored.rows[begin : begin + chunk])
-                targets = scored.targets[begin : begin + chunk].to(result.logits.device)
-                logprobs.append(ops.token_logprobs(_flat(result.logits), targets).double())
+                logits = self.logits(inputs, scored.rows[begin : begin + chunk])
+                targets = to_device(scored.targets[begin : begin + chunk], logits.device)
+                logprobs.append(ops.token_logprobs(logits, targets).double())
         known = torch.cat(logprobs)
         # A token whose log-probability p is known: a maximum of 0, a sum of 1, a logit of p.
         partials = torch.stack([torch.zeros_like(known), torch.ones_like(known), known], dim=1)
-        return ops.combine_partials([partials], scored.offsets.to(known.device))
+        return ops.combine_partials([partials], to_device(scored.offsets, known.device))
 
-    def _run(self, inputs: dict[str, Any], rows: Tensor) -> Any:
-        keep = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-        keep.view(-1)[rows] = True
-        return self.model(**inputs, logits_to_keep=keep.to(inputs["input_ids"].device))
+    def logits(self, inputs: dict[str, Any], rows: Tensor) -> Tensor:
+        """The logits of chosen rows, [T, V]: to the model, one sequence of T."""
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            hidden = arguments[0].flatten(0, 1)
+            return (hidden.index_select(0, to_device(rows, hidden.device))[None],)
+
+        with _hook(self.model.get_output_embeddings().register_forward_pre_hook(keep)):
+            logits: Tensor = self.model(**inputs).logits
+        return logits.squeeze(0)
 
 
 @dataclass(frozen=True)
@@ -241,15 +246,13 @@ def _find_transform(model: Any, linear: nn.Linear, inputs: dict[str, Any]) -> tu
 
 @torch.inference_mode()
 def _try_rows(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tensor) -> KeptRows | None:
-    """Whether `logits_to_keep` takes a mask and gives those very rows, at once and one after the other."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return None
+    """Whether a head that is given those rows only gives their logits, at once and one after the other."""
     expected = logits.flatten(0, 1)[scored.rows]
     try:
         kept = KeptRows(model)
-        at_once = _flat(kept._run(inputs, scored.rows).logits)
+        at_once = kept.logits(inputs, scored.rows)
         with _run_once(model.base_model):
-            one_by_one = [_flat(kept._run(inputs, row[None]).logits) for row in scored.rows]
+            one_by_one = [kept.logits(inputs, row[None]) for row in scored.rows]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         _log.debug("no logits at chosen positions: %s", error)
         return None
@@ -273,11 +276,6 @@ def agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, magnitude: Ten
     eps = torch.finfo(dtype or a.dtype).eps
     largest = float(b[b.isfinite()].abs().max() if magnitude is None else magnitude)
     return torch.allclose(a, b, rtol=0, atol=(64 if eps < 1e-4 else 8) * eps * largest)
-
-
-def _flat(logits: Tensor) -> Tensor:
-    """Logits of chosen positions as [T, V]; some models keep a batch dimension of 1."""
-    return logits.squeeze(0) if logits.ndim == 3 else logits
 
 
 @contextmanager

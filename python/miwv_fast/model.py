@@ -43,6 +43,7 @@ class CausalLM:
         self.vocab_size = int(config.vocab_size)
         self.head = find_head(self.model, name)
         self.shared_length = self.cache_bytes_per_token = self._cache_layers = 0
+        self._cache_name = ""
         self._check_sharing()
 
     def room(self) -> int:
@@ -151,7 +152,7 @@ class CausalLM:
             cache = pass_through(self._cache_layers)
         inputs: dict[str, Any] = {"input_ids": to_device(ids, self.device), "use_cache": cache is not None}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[self._cache_name] = cache
         # Padding stands behind what is scored, where a causal model does not look: without prefixes there is nothing to
         # mask.
         if before is not None:
@@ -178,7 +179,10 @@ class CausalLM:
         both = np.arange(2)
         try:
             expected = self.response_nll(whole)
-            own = self.model(torch.from_numpy(ids)[None].long().to(self.device), use_cache=True).past_key_values
+            output = self.model(torch.from_numpy(ids)[None].long().to(self.device), use_cache=True)
+            # What a model gives out it takes by the same name; transformers renamed it in 5.24.
+            self._cache_name = "cache" if "cache" in output else "past_key_values"
+            own = output[self._cache_name]
             # A layer of the last kind attends to the keys of another.
             kinds = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
             if any(type(layer) not in [getattr(cache_utils, kind, None) for kind in kinds] for layer in own.layers):
@@ -188,7 +192,7 @@ class CausalLM:
             self.response_nll_and_keep(beginnings, prefixes, both)
             behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes, both)
             agreed = agree(torch.stack([behind, self.response_nll(whole)]), expected.expand(2, 2), self.model.dtype)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             _log.debug("%s cannot share prefixes: %s", self.name, error)
             agreed = False
         # The losses are float32, their rounding is that of the model's type.
