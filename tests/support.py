@@ -88,7 +88,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0) -> Any:
+def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0, **more: Any) -> Any:
     """A model with random weights, large enough for its predictions to be far from uniform."""
     import transformers
 
@@ -128,13 +128,15 @@ def tiny_model(kind: str, vocab_size: int, max_length: int = 1024, seed: int = 0
         "cohere": ("CohereConfig", {**llama_like, "logit_scale": 0.25}),
         "gpt2": ("GPT2Config", gpt2),
         "phi": ("PhiConfig", llama_like),
+        "phi3": ("Phi3Config", {**llama_like, "original_max_position_embeddings": 16}),
+        "opt": ("OPTConfig", {**llama_like, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}),
         "mistral": ("MistralConfig", llama_like),
         "falcon_h1": ("FalconH1Config", {**llama_like, **falcon, "lm_head_multiplier": 0.6}),
         "mamba": ("MambaConfig", mamba),
     }
     name, options = configs[kind]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**options, **common)
+    config = getattr(transformers, name)(**options, **common, **more)
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 

@@ -104,6 +104,48 @@ def test_who_cannot_share():
     assert causal_lm("llama").shared_length == sys.maxsize - 1
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_padding_stands_where_the_model_knows_positions(kind):
+    """Which has a table of 40."""
+    assert_padding_knows_its_place(CausalLM(tiny_model(kind, VOCAB, max_length=40), None, kind))
+
+
+def assert_padding_knows_its_place(lm: CausalLM) -> None:
+    """A short continuation of a long prefix beside a long one of a short prefix, 40 positions each."""
+    whole = [sequence(40, 1), sequence(40, 2)]
+    lengths, both = np.array([4, 37]), np.arange(2)
+    prefixes = lm.prefixes(lengths)
+    none = np.empty(0, np.int32)
+    beginnings = [TokenSequence(one.ids[:length], none, none) for one, length in zip(whole, lengths, strict=True)]
+    lm.response_nll_and_keep(beginnings, prefixes, both)
+    behind = [one.behind(int(length)) for one, length in zip(whole, lengths, strict=True)]
+    torch.testing.assert_close(lm.response_nll(behind, prefixes, both), lm.response_nll(whole), rtol=0, atol=2e-5)
+
+
+LONG_ROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma3"])
+def test_frequencies_that_change_with_length(kind):
+    """LongRoPE turns every position of a pass otherwise once one stands behind the 16th: short ones run apart."""
+    rope = {**LONG_ROPE, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    each = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": rope}
+    options = {"layer_types": list(each), "rope_parameters": each} if kind == "gemma3" else {"rope_parameters": rope}
+    model = tiny_model(kind, VOCAB, **options)
+    lm = CausalLM(model, None, kind)
+    assert lm.shared_length == 16 and lm.max_length == 1024
+    whole = [sequence(length, length) for length in (16, 30, 9, 17)]
+    alone = torch.cat([lm.response_nll([one]) for one in whole])
+    torch.testing.assert_close(lm.response_nll(whole), alone, rtol=0, atol=2e-5)
+    assert (lm._run(whole) - alone).abs().max() > 1e-3  # or the test would show nothing
+
+
+def test_dynamic_frequencies_stay_as_they_are():
+    """They change beyond the last position that the model knows, where padding must not stand either."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert_padding_knows_its_place(CausalLM(tiny_model("llama", VOCAB, max_length=40, rope_parameters=rope), None, ""))
+
+
 ASK = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero")}
 
 

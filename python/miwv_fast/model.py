@@ -40,6 +40,7 @@ class CausalLM:
         self.device = model.device
         config = model.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._short = _short_length(config)
         self.vocab_size = int(config.vocab_size)
         self.head = find_head(self.model, name)
         self.shared_length = self.cache_bytes_per_token = self._cache_layers = 0
@@ -108,6 +109,13 @@ class CausalLM:
         """
         if prefixes is not None and rows is not None:
             return self._run(sequences, prefixes.behind(rows), prefixes.lengths[rows])
+        long = [len(sequence.ids) > self._short for sequence in sequences]
+        if any(long) and not all(long):
+            nll: dict[int, torch.Tensor] = {}
+            for kind in (True, False):
+                places = [place for place, is_long in enumerate(long) if is_long == kind]
+                nll |= zip(places, self._run([sequences[place] for place in places]), strict=True)
+            return torch.stack([nll[place] for place in range(len(sequences))])
         return self._run(sequences)
 
     def response_nll_and_keep(
@@ -158,9 +166,11 @@ class CausalLM:
         if before is not None:
             lengths = torch.from_numpy(before)[:, None]
             kept = torch.arange(int(before.max())) < lengths
-            own = torch.arange(width) < torch.tensor([len(sequence.ids) for sequence in sequences])[:, None]
-            inputs["attention_mask"] = to_device(torch.cat([kept, own], dim=1).long(), self.device)
-            inputs["position_ids"] = to_device(lengths + torch.arange(width), self.device)
+            own = torch.tensor([len(sequence.ids) for sequence in sequences])[:, None]
+            position = torch.arange(width)
+            inputs["attention_mask"] = to_device(torch.cat([kept, position < own], dim=1).long(), self.device)
+            # Padding behind a long prefix would stand where the model knows no position.
+            inputs["position_ids"] = to_device(lengths + torch.minimum(position, own - 1), self.device)
         return self.head.response_nll(inputs, scored)
 
     @torch.inference_mode()
@@ -201,7 +211,19 @@ class CausalLM:
             return
         self.cache_bytes_per_token = prefixes.bytes_per_token()
         windows = [getattr(layer, "sliding_window", sys.maxsize) for layer in own.layers]
-        self.shared_length = min(windows) - 1
+        self.shared_length = min(min(windows) - 1, self._short)
+
+
+def _short_length(config: Any) -> int:
+    """Up to which length LongRoPE has its short frequencies, the most there is for models without it.
+
+    One position beyond gives the long ones to every position of a forward pass, so that no sequence may run beside, or
+    behind, one of the other kind. (Dynamic scaling begins beyond what `max_length` allows.)
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = (rope, *(value for value in rope.values() if isinstance(value, dict)))
+    lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(lengths, default=sys.maxsize)
 
 
 def load_model(
