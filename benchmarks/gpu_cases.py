@@ -66,9 +66,13 @@ def grid(vocabs: tuple[int, ...] = VOCABS, rows: tuple[int, ...] = ROWS) -> Iter
 
 
 class Timer:
-    """Medians of single calls between events, each after a flush of L2 and a pause in which the host gets ahead."""
+    """Medians of single calls between events, each after a flush of L2 and a pause in which the host gets ahead.
 
-    def __init__(self, device: torch.device) -> None:
+    `pause` is in cycles, more than the host takes to launch what is timed: 200,000 are a tenth of a millisecond.
+    """
+
+    def __init__(self, device: torch.device, pause: int = 200_000) -> None:
+        self.pause = pause
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(4 * l2, 2**28), dtype=torch.int8, device=device)
 
@@ -86,7 +90,7 @@ class Timer:
         for _ in range(count):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self.flush.zero_()
-            torch.cuda._sleep(200_000)
+            torch.cuda._sleep(self.pause)
             begin.record()
             function()
             end.record()

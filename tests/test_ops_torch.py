@@ -117,13 +117,16 @@ def test_vmap() -> None:
 
 
 def test_default_device_and_dtype_do_not_matter() -> None:
+    head = LOGITS[:, :16].bfloat16(), BATCH.view(8, 300)[:, :16].repeat(40, 1).bfloat16()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             result = ops.token_logprobs(LOGITS, TARGETS)
+            linear = ops.linear_response_nll(*head, TARGETS, OFFSETS)
     finally:
         torch.set_default_dtype(torch.float32)
     assert result.dtype is torch.float32 and result.is_cpu
+    assert torch.equal(linear, ops.linear_response_nll(*head, TARGETS, OFFSETS))
 
 
 def test_cuda_tensors_without_cuda_kernels() -> None:

@@ -81,8 +81,8 @@ def test_calls_follow_the_current_stream_and_wait_for_nothing(vocab: int, split:
     expected = ops.response_nll(final, targets, offsets)
     stream = torch.cuda.Stream(DEVICE)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)  # a tenth of a second in which the logits are still the old ones
             logits.copy_(final)

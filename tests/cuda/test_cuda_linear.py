@@ -82,8 +82,8 @@ def test_repeats_are_equal_to_the_bit_and_wait_for_nothing() -> None:
     offsets = torch.tensor([0, 30, 70], device=DEVICE)
     first = ops.linear_response_nll(hidden, weight, targets, offsets, rows)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         again = ops.linear_response_nll(hidden, weight, targets, offsets, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -57,8 +57,8 @@ def test_no_pass_waits(kind: str, dtype: torch.dtype) -> None:
 
     expected = passes()  # kernels are loaded at their first call
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         results = passes()
     finally:
         torch.cuda.set_sync_debug_mode("default")

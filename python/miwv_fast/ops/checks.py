@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 # The numbers are DType in csrc/rows.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 # The fields of `Logits` in csrc/rows.h: address, dtype, rows, V, row stride, rows per batch, batch stride.
 Packed = tuple[int, int, int, int, int, int, int]
@@ -123,6 +125,8 @@ def indices(name: str, values: Tensor, beside: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.dtype is not torch.int64 or values.ndim != 1:
         check_indices(name, values)
         values = values.to(torch.int64)
+    if type(values) is not Tensor and type(beside) is Tensor and isinstance(values, FakeTensor):
+        raise TypeError(f"{name} are a fake tensor, which has no data, beside a real one")
     if not (values.is_cpu and beside.is_cpu) and values.device != beside.device:
         raise ValueError(f"{name} are on {values.device}, they must be on {beside.device}, where the logits are")
     return values if values.is_contiguous() else values.contiguous()
@@ -158,7 +162,9 @@ def check_range(name: str, values: Tensor | None, end: int | None, what: str) ->
     bad = values < 0 if end is None else (values < 0) | (values >= end)
     if len(places := bad.nonzero()):
         first = int(places[0])
-        raise ValueError(f"{name}[{first}] is {int(values[first])}, outside [0, {end or '...'}), {what}")
+        raise ValueError(
+            f"{name}[{first}] is {int(values[first])}, outside [0, {'...' if end is None else end}), {what}"
+        )
 
 
 def check_values(
@@ -211,11 +217,11 @@ def check_hidden(name: str, hidden: Tensor) -> None:
 
 
 def check_factors(softcap: float | None, scale: float) -> None:
-    """Raises unless the scale, and the softcap where there is one, are finite numbers above 0."""
+    """Raises unless the scale, and the softcap where there is one, are finite numbers above 0 in float32."""
     for name, value in (("scale", scale), *([] if softcap is None else [("softcap", softcap)])):
         number = isinstance(value, float | int) and not isinstance(value, bool)
-        if not (number and 0 < value <= sys.float_info.max):
-            raise ValueError(f"{name} is {_show(value)}, it must be a finite number above 0")
+        if not (number and _FLOAT32.tiny <= value <= _FLOAT32.max):
+            raise ValueError(f"{name} is {_show(value)}, it must be a finite number above 0 in float32")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -239,15 +239,10 @@ def _count_rows(hidden: Tensor) -> int:
 
 
 def _tokens(name: str, hidden: Tensor, targets: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Targets and rows int64; what a device cannot refuse becomes a target in no slice, whose response is NaN."""
+    """Targets and rows int64, before their values are looked at."""
     launch.require_kernels(hidden)
     targets = indices("targets", targets, hidden)
-    rows = rows_of(name, rows, targets, hidden, _count_rows(hidden))
-    if rows is not None and not hidden.is_cpu:
-        inside = rows.clamp(0, max(0, _count_rows(hidden) - 1))
-        targets = torch.where(inside == rows, targets, -1)
-        rows = inside
-    return targets, rows
+    return targets, rows_of(name, rows, targets, hidden, _count_rows(hidden))
 
 
 def _partials(hidden: Tensor, targets: Tensor, rows: Tensor | None, head: Head, first: int = 0) -> Tensor:
@@ -256,9 +251,15 @@ def _partials(hidden: Tensor, targets: Tensor, rows: Tensor | None, head: Head, 
     partials = torch.empty(count, 3, dtype=torch.float64, device=hidden.device)
     if not count:
         return partials
-    product = Product(hidden, head, count)
+    if rows is not None and not hidden.is_cpu:
+        # What a device cannot refuse becomes a target in no slice, whose response is NaN.
+        if not _count_rows(hidden):
+            return partials.fill_(torch.nan)
+        inside = rows.clamp(0, _count_rows(hidden) - 1)
+        targets, rows = torch.where(inside == rows, targets, -1), inside
     # Autocast would turn the products' types around, and a product into a given place is unknown to it.
     with torch.autocast(hidden.device.type, enabled=False):
+        product = Product(hidden, head, count)
         for begin in range(0, count, product.tokens):
             end = min(begin + product.tokens, count)
             chosen = gather(hidden, rows, begin, end)

@@ -53,7 +53,9 @@ class Product:
         self._workspace = torch.empty(self.tokens * self._entries, dtype=out, device=hidden.device)
         self._wide = widens and dtype is not torch.float32
         if self._converts:
-            self._converted = torch.empty(self._entries, head.weight.shape[1])
+            self._converted = torch.empty(
+                self._entries, head.weight.shape[1], dtype=torch.float32, device=hidden.device
+            )
 
     def slices(self, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first entry of a slice, and its logits [m, n], which the next slice overwrites."""
@@ -103,5 +105,5 @@ def _gives_float32(device: int, dtype: torch.dtype) -> bool:
     one = torch.ones(16, 16, dtype=dtype, device=torch.device("cuda", device))
     try:
         return torch.mm(one, one, out_dtype=torch.float32).dtype is torch.float32
-    except (RuntimeError, TypeError):
+    except (NotImplementedError, TypeError):  # not for want of memory, which says nothing about it
         return False
