@@ -126,10 +126,10 @@ def plain_rows(path: Path, content: bytes) -> list[Any] | None:
     if path.suffix == ".csv":
         text = content.decode(errors="surrogateescape")
         try:
-            header, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
+            header, *rows, last = filter(None, csv.reader(io.StringIO(text + "\nlast", newline="")))
         except (ValueError, csv.Error):
             return None
-        if len(set(header)) < len(header):
+        if len(set(header)) < len(header) or last != ["last"]:  # within a quote that is never closed
             return None
         return [dict(zip(header, row, strict=True)) if len(row) == len(header) else None for row in rows]
     if content.lstrip().startswith(b"["):

@@ -356,7 +356,8 @@ def test_a_demonstration_without_room_is_left_out_of_several(llama):
     embeddings = np.array([[1, 0], [1, 0.2], [1, 0.3], [1, 0.1]], np.float32)
     options = {"embedder": embeddings, "template": "plain", "neighbors": 2, "max_length": 110}
     table = miwv_fast.score(rows, llama, **options).table.to_pydict()
-    assert table["neighbors"][0] == [3, 1] and table["status"][0] == "ok"
+    assert table["neighbors"][0] == [1] and table["neighbor"][0] == 1 and table["status"][0] == "ok"
+    assert table["similarity"][0] == pytest.approx(1 / np.hypot(1, 0.2), abs=1e-6)
     alone = miwv_fast.score(rows[:3], llama, embedder=embeddings[:3], template="plain").table
     assert table["miwv"][0] == pytest.approx(alone["miwv"][0].as_py(), abs=2e-5)
     assert table["miwv_spread"][0] == 0

@@ -121,7 +121,12 @@ def test_run_folder(rows, llama, scored, tmp_path, caplog):
     assert loaded.table.equals(of_file.table) and loaded.select(3) == of_file.select(3) == scored.select(3)
     data.write_text(data.read_text() + "\n")
     assert miwv_fast.load_scores(tmp_path / "run").select(3) == scored.select(3)
-    assert "has changed since it was scored" in caplog.text
+    changed = [*rows[:4], rows[4] | {"output": "another"}, *rows[5:]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in changed) + "broken\n")
+    with pytest.raises(ValueError, match=r"data\.jsonl is not the data that was scored: its texts differ"):
+        of_file.select(3)
+    with pytest.raises(ValueError, match="its texts differ"):
+        miwv_fast.load_scores(tmp_path / "run").select(3)
 
 
 def test_run_of_an_iterable_keeps_the_records(rows, llama, scored, tmp_path):

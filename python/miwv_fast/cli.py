@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,12 +258,15 @@ def explain(
     run: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     index: Annotated[int, typer.Argument(help="The record's number, from 0.")],
     model: Annotated[str | None, typer.Option(help="The model.", show_default="the one that scored the run")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer that the run was scored with.", show_default="the model's own")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
     """Shows which response tokens a record's score comes from."""
     from miwv_fast.explain import explain_run, show
 
-    show(*explain_run(run, index, model, data))
+    show(*explain_run(run, index, model, data, tokenizer))
 
 
 @app.command()
@@ -327,4 +331,10 @@ def _read_embeddings(path: str) -> Any:
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such embedding file: {path}")
-    return np.load(path, allow_pickle=False)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an array that numpy.save wrote: {error}") from error
+    if not isinstance(loaded, np.ndarray):
+        raise ValueError(f"{path} holds several arrays; save the embeddings alone, with numpy.save")
+    return loaded

@@ -9,7 +9,7 @@ import torch
 
 from miwv_fast import ops
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ def choose_device(device: str) -> str:
             kind = torch.device(device).type
         except RuntimeError:
             raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"device {device!r}: the kernels run on cpu and cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: no CUDA device is available")
         return device
@@ -36,11 +38,11 @@ def choose_dtype(dtype: str | torch.dtype, device: str) -> Any:
     """What to load the weights as: a torch type, or "auto" for the checkpoint's own. ValueError for another name."""
     if dtype == "auto":
         return torch.float32 if torch.device(device).type == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype in _DTYPES:
-        return _DTYPES[str(dtype)]
-    raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

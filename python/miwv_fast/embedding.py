@@ -74,9 +74,9 @@ def embed(
     with progress.task("embedding", len(distinct), "records") as advance, closing(calls.run(distinct, chunks)) as made:
         for number, rows in made:
             chosen = chunks[number]
-            width = rows.shape[-1] if embeddings is None else embeddings.shape[1]
-            if rows.ndim != 2 or rows.shape != (len(chosen), width):
-                dimensions = "D" if embeddings is None else width
+            width = None if embeddings is None else embeddings.shape[1]
+            if rows.ndim != 2 or len(rows) != len(chosen) or width not in (None, rows.shape[1]):
+                dimensions = "D" if width is None else width
                 raise ValueError(
                     f"the embedder should give [{len(chosen)}, {dimensions}] for {len(chosen)} texts, "
                     f"got {list(rows.shape)}"
@@ -125,6 +125,8 @@ class _Calls:
             run = self._elsewhere(taken, len(left))
         with closing(run) as made:
             for place, result in made:
+                if isinstance(result, torch.Tensor):
+                    result = result.detach().float().cpu().numpy()
                 number, rows = left[place], np.asarray(result, np.float32)
                 if self.kept is not None and rows.ndim == 2 and len(rows) == len(chunks[number]):
                     self.kept.keep(number, rows)

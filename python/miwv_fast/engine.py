@@ -26,14 +26,15 @@ from miwv_fast.runner import Runner, Sequences, UnitResult
 class ModelFacts:
     """What a plan and a manifest need to know of a model, without the model.
 
-    `max_length` is None where the model has no limit; `shared_length` 0 where no prefix can be shared; `cache_tokens`
-    is how many tokens' keys and values a unit may keep. `kernels` is the instruction set of the CPU kernels, `versions`
-    those of the packages that the model runs on.
+    `vocab_size` is how many tokens it knows; `max_length` is None where it has no limit; `shared_length` 0 where no
+    prefix can be shared; `cache_tokens` is how many tokens' keys and values a unit may keep. `kernels` is the
+    instruction set of the CPU kernels, `versions` those of the packages that the model runs on.
     """
 
     name: str
     device: str
     dtype: str
+    vocab_size: int
     max_length: int | None
     shared_length: int
     batch_tokens: int
@@ -103,6 +104,7 @@ class LocalEngine:
             lm.name,
             str(lm.device),
             str(lm.model.dtype).removeprefix("torch."),
+            lm.vocab_size,
             lm.max_length,
             lm.shared_length,
             self._runner.batch_tokens,

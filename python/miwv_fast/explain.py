@@ -97,14 +97,44 @@ def _added_texts(before: list[int], tokens: Sequence[int], decode: Callable[[Seq
     return texts
 
 
-def explain_run(run: str | Path, index: int, model: str | None = None, data: object = None) -> tuple[str, Explanation]:
+class Explainer:
+    """Explains the records of one run with the run's own settings.
+
+    `model` is a name, folder or loaded pair, by default what scored the run. Raises ValueError where the scores have no
+    manifest, or the tokenizer is another than the run's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], model: Any = None, tokenizer: Any = None) -> None:
+        from miwv_fast.devices import DTYPES
+        from miwv_fast.model import load_model
+        from miwv_fast.templates import load_template
+
+        if "template" not in settings:
+            raise ValueError("these scores have no manifest, so how to explain them is not known")
+        dtype = "auto" if isinstance(model, tuple) or settings["dtype"] not in DTYPES else settings["dtype"]
+        self._lm = load_model(model or settings["model"]["name"], tokenizer, dtype=dtype)
+        name, source = settings["template"]["name"], settings["template"]["source"]
+        self._template = load_template(name, self._lm.tokenizer, settings["include_eos"], source)
+        self._max_length = settings["max_length"]
+        if self._template.encoder.fingerprint() != settings["tokenizer"]:
+            raise ValueError(
+                f"the tokenizer of {self._lm.name} is not the one that the run was scored with; give that by tokenizer"
+            )
+
+    def __call__(self, record: Mapping[str, Any], neighbor: Mapping[str, Any]) -> Explanation:
+        """As `explain`."""
+        return explain(record, neighbor, self._lm, template=self._template, max_length=self._max_length)
+
+
+def explain_run(
+    run: str | Path, index: int, model: str | None = None, data: object = None, tokenizer: str | None = None
+) -> tuple[str, Explanation]:
     """Explains a record of a run by its nearest demonstration, with the run's own settings; and a line about it.
 
-    Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score.
+    Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score, or where the
+    tokenizer is not the run's.
     """
-    from miwv_fast.model import load_model
     from miwv_fast.scores import load_scores
-    from miwv_fast.templates import load_template
 
     scores = load_scores(run, data)
     if not 0 <= index < len(scores):
@@ -113,11 +143,7 @@ def explain_run(run: str | Path, index: int, model: str | None = None, data: obj
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
     record, neighbor = scores.rows([index, row["neighbor"]])
-    settings = scores.manifest
-    lm = load_model(model or settings["model"]["name"])
-    name, source = settings["template"]["name"], settings["template"]["source"]
-    template = load_template(name, lm.tokenizer, settings["include_eos"], source)
-    told = explain(record, neighbor, lm, template=template, max_length=settings["max_length"])
+    told = Explainer(scores.manifest, model, tokenizer)(record, neighbor)
     means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
     return f"record {index}, demonstration {row['neighbor']}: MIWV {told.difference.mean():+.4f}, {means}", told
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miwv_fast.files import write_atomically, write_jsonl
+from miwv_fast.files import Location, write_jsonl
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", "": "datasets"}
 
@@ -39,8 +40,10 @@ def write_records(path: Path, rows: Sequence[Mapping[str, Any]], kind: str) -> N
     if kind == "jsonl":
         write_jsonl(path, rows)
     elif kind == "parquet":
-        table = pa.table(_columns(rows))
-        write_atomically(path, lambda out: pq.write_table(table, out))
+        table, stream = pa.table(_columns(rows)), pa.BufferOutputStream()
+        with _one_column_each():
+            pq.write_table(table, stream)
+        Location(path).write_bytes(stream.getvalue().to_pybytes())
     else:
         _write_datasets(path, rows)
 
@@ -48,13 +51,17 @@ def write_records(path: Path, rows: Sequence[Mapping[str, Any]], kind: str) -> N
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        try:
+        with _one_column_each(f"the values of field {name!r}"):
             columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"the values of field {name!r} do not go into one column: {error}; write JSON lines instead"
-            ) from error
     return columns
+
+
+@contextmanager
+def _one_column_each(what: str = "some field's values") -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{what} do not go into one column: {error}; write JSON lines instead") from error
 
 
 def _write_datasets(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -66,7 +73,9 @@ def _write_datasets(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"{folder} is there already; give a folder that is not, or a .jsonl or .parquet file")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        datasets.Dataset.from_dict(_columns(rows)).save_to_disk(temporary)
+        columns = _columns(rows)
+        with _one_column_each():
+            datasets.Dataset.from_dict(columns).save_to_disk(temporary)
         for path in temporary.iterdir():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
 
 
 class Location:
@@ -200,14 +205,38 @@ def _find_store(url: str) -> tuple[Any, str]:
 
 
 def write_jsonl(path: str | os.PathLike[str] | Location, rows: Iterable[Any]) -> None:
-    """Writes one JSON value per line, UTF-8, text as it is."""
+    """Writes a JSON value per line, UTF-8, text as it is; a field that JSON cannot hold is left out, with a warning."""
 
     def write(out: Path) -> None:
-        with out.open("w", encoding="utf-8", errors="surrogatepass") as stream:
-            for row in rows:
-                stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        with out.open("wb") as stream:
+            for number, row in enumerate(rows):
+                stream.write(_json_line(row, number))
 
     Location(path).write(write)
+
+
+def _json_line(row: Any, number: int) -> bytes:
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError):
+        if not isinstance(row, Mapping):
+            raise
+        kept = {}
+        for name, value in row.items():
+            try:
+                kept[str(name)] = json.loads(json.dumps(value, default=_plain))
+            except (TypeError, ValueError, RecursionError) as error:
+                _log.warning("record %d: field %r cannot be written as JSON and is left out: %s", number, name, error)
+        text = json.dumps(kept, ensure_ascii=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold as an escape
+        return json.dumps(json.loads(text)).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays and numbers as Python's; whatever else JSON does not know as text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

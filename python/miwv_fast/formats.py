@@ -108,7 +108,10 @@ def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         lines = _CsvLines(path, text)
         reader = csv.reader(lines)
-        header = next((cells for cells in reader if cells), None)
+        header: list[str] | None = []
+        while header == []:  # blank lines
+            lines.begin_row()
+            header = next(reader, None)
         if header is None:
             return
         twice = sorted({name for name in header if name and header.count(name) > 1})
@@ -155,6 +158,8 @@ class _CsvLines:
                 "is there a quote that is never closed?"
             )
         if not line:
+            if self._length:
+                raise ValueError(f"{self._path}:{self._first}: in the row that begins here a quote is never closed")
             raise StopIteration
         return line
 

@@ -274,7 +274,8 @@ def agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, magnitude: Ten
     if a.shape != b.shape:
         return False
     eps = torch.finfo(dtype or a.dtype).eps
-    largest = float(b[b.isfinite()].abs().max() if magnitude is None else magnitude)
+    finite = b[b.isfinite()]
+    largest = float(finite.abs().max()) if magnitude is None and len(finite) else float(magnitude or 0)
     return torch.allclose(a, b, rtol=0, atol=(64 if eps < 1e-4 else 8) * eps * largest)
 
 

@@ -93,6 +93,14 @@ class Job:
             f"demonstration; found {counts}{reason}"
         )
 
+    def require_known(self, vocab_size: int) -> None:
+        """Raises ValueError if there is a token that the model does not know."""
+        highest = int(self._corpus.alone.ids.values.max())
+        if highest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {highest}, but the model knows {vocab_size}: do they belong together?"
+            )
+
     def measure_zero_shot(self, bars: Progress) -> None:
         """Tokenizes every record once: what is too long or has no response token falls out here."""
         left = self.pending()
@@ -242,8 +250,11 @@ class Job:
         n, k = self.parents.shape
         unscored = ~self.pending()
         no_tokens = unscored & (self.status != STATUSES.index("non_finite"))
-        no_neighbor = self.neighbors.index[:, 0] < 0
         used = self.one_length > 0
+        # The nearest that was used; where none was, the nearest there is.
+        nearest = np.arange(n), np.argmax(used, axis=1)
+        neighbor, similarity = self.neighbors.index[nearest], self.neighbors.similarity[nearest]
+        no_neighbor = neighbor < 0
         # Without a pass there is no loss; a mean over nothing is never shown, its record being unscored.
         nll_one = self.nll_one[:, 0] if k == 1 else _mean(self.nll_one, used)
         columns = {
@@ -253,14 +264,14 @@ class Job:
             "nll_one_shot": pa.array(nll_one, mask=unscored),
             "nll_zero_shot": pa.array(self.nll_zero, mask=unscored),
             "response_tokens": pa.array(self.scored_tokens, mask=no_tokens),
-            "neighbor": pa.array(self.neighbors.index[:, 0], mask=no_neighbor),
-            "similarity": pa.array(self.neighbors.similarity[:, 0], mask=no_neighbor),
+            "neighbor": pa.array(neighbor, mask=no_neighbor),
+            "similarity": pa.array(similarity, mask=no_neighbor),
             "status": pa.array(STATUSES).take(pa.array(self.status)),
         }
         if k > 1:
             deviation = (self.nll_one - nll_one[:, None]) ** 2
             columns["miwv_spread"] = pa.array(np.sqrt(_mean(deviation, used)), mask=unscored)
-            there = self.neighbors.index >= 0
+            there = (self.neighbors.index >= 0) & (used | ~used.any(axis=1, keepdims=True))
             ends = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
             columns["neighbors"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), self.neighbors.index[there])
         return pa.table(columns, schema=SCHEMA if k == 1 else MULTI_SCHEMA)

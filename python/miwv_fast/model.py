@@ -132,7 +132,12 @@ class CausalLM:
 
     @torch.inference_mode()
     def token_nll(self, sequence: TokenSequence) -> torch.Tensor:
-        """Negative log-likelihood in nats, float32 [T] on the model's device, of each scored token of a sequence."""
+        """Negative log-likelihood in nats, float32 [T] on the model's device, of each scored token of a sequence.
+
+        Raises ValueError for a token that the model does not know.
+        """
+        if sequence.ids.max() >= self.vocab_size:
+            raise ValueError(f"token {sequence.ids.max()} is none of the {self.vocab_size} that {self.name} knows")
         ids = torch.from_numpy(sequence.ids).long()[None].to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         rows, targets = (torch.from_numpy(values).long() for values in (sequence.rows, sequence.targets))
@@ -292,6 +297,6 @@ def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:
 def _load(loader: Any, what: str, name: str, options: dict[str, Any]) -> Any:
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # what damaged weights and configurations raise is nowhere listed
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load the {what} {name!r}: {reason[:300]}") from error

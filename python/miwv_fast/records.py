@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,7 @@ class Records:
 
     table: pa.Table
     rejections: Rejections = field(default_factory=Rejections)
+    texts: str = ""  # SHA-256 as `TextDigest` gives it
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -152,17 +155,41 @@ def read_records(source: Source) -> Records:
     Of a malformed row's text its rejection keeps 65,536 characters. Raises ValueError if the source has no rows at all
     or none of them is a record.
     """
-    rejections = Rejections()
-    table = pa.Table.from_batches(_read_batches(source, rejections), schema=_SCHEMA)
+    rejections, texts = Rejections(), TextDigest()
+    table = pa.Table.from_batches(_read_batches(source, rejections, texts), schema=_SCHEMA)
     if not len(table):
         raise ValueError(f"{source.name} has no records")
     if len(rejections) == len(table):
         first = rejections[0]
         raise ValueError(f"{source.name} has no readable record; {first.location}: {first.reason}")
-    return Records(table, rejections)
+    return Records(table, rejections, texts.sha256())
 
 
-def _read_batches(source: Source, rejections: Rejections) -> Iterator[pa.RecordBatch]:
+class TextDigest:
+    """Tells whether rows hold the texts that were scored, however they are written and whatever lies beside them."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Row) -> None:
+        """The next row; one that is no record counts as such, whatever it holds."""
+        try:
+            self.add_record(_read_row(0, row))
+        except MalformedRecord:
+            self.add_record(_NOTHING)
+
+    def add_record(self, record: Record) -> None:
+        """The next row, as a record."""
+        turns = (text for turn in record.turns for text in (turn.instruction, turn.input, turn.response))
+        texts = (record.system, *turns)
+        self._digest.update(repr(list(map(len, texts))).encode() + "".join(texts).encode())
+
+    def sha256(self) -> str:
+        """Of all rows so far, hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def _read_batches(source: Source, rejections: Rejections, texts: TextDigest) -> Iterator[pa.RecordBatch]:
     pending: list[tuple[Record, str | None]] = []
     size = 0
     for index, row in enumerate(source.rows()):
@@ -172,6 +199,7 @@ def _read_batches(source: Source, rejections: Rejections) -> Iterator[pa.RecordB
         except MalformedRecord as error:
             record, status = Record(index, None, "", ()), "malformed"
             rejections.append(Rejection(index, row.location, str(error), _shorten(row.text(), _KEPT_CHARACTERS)))
+        texts.add_record(record)
         pending.append((record, status))
         size += len(record.id or "") + len(record.system)
         size += sum(len(turn.instruction) + len(turn.input) + len(turn.response) for turn in record.turns)
@@ -259,7 +287,7 @@ def _read_row(index: int, row: Row) -> Record:
 
 
 def _own_id(value: object) -> str | None:
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | Integral):
         return None
     try:
         text = str(value)

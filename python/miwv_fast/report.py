@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from miwv_fast import ranker
-from miwv_fast.explain import explain
+from miwv_fast.explain import Explainer
 from miwv_fast.extras import import_extra
 from miwv_fast.files import write_atomically
 from miwv_fast.formats import Row
@@ -169,19 +169,11 @@ def _explain(scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], model
     """The best and the worst records token by token, by record number."""
     if not rows:
         return {}
-    from miwv_fast.model import load_model
-    from miwv_fast.templates import load_template
-
-    settings = scores.manifest
-    if "template" not in settings:
-        raise ValueError("these scores have no manifest, so the template to explain them with is not known")
-    lm = load_model(model)
-    name, source = settings["template"]["name"], settings["template"]["source"]
-    template = load_template(name, lm.tokenizer, settings["include_eos"], source)
+    explainer = Explainer(scores.manifest, model)
     explanations = {}
     for number in dict.fromkeys([*ranking[:EXPLAINED].tolist(), *ranking[-EXPLAINED:].tolist()]):
         record, neighbor = rows[number].value, rows[scores.table["neighbor"][number].as_py()].value
-        told = explain(record, neighbor, lm, template=template, max_length=settings["max_length"])
+        told = explainer(record, neighbor)
         kept = slice(_EXPLAINED_TOKENS)
         explanations[str(number)] = {
             "tokens": told.tokens[kept],

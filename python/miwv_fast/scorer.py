@@ -70,7 +70,8 @@ def score(
         data: Path(s) of JSON, JSONL, CSV or Parquet (also .gz, .xz, .zst), a Hugging Face data set or its name, or
             an iterable of dicts. Records are Alpaca (`instruction`, `input`, `output`), `prompt` with `completion`
             or `response`, OpenAI `messages`, or ShareGPT `conversations`.
-        model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair.
+        model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
+            evaluation mode, and moved or converted where `device` or `dtype` say so.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
         embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, or a callable
             from lists of at most 8,192 texts to such arrays.
@@ -170,6 +171,7 @@ def _score_on(
     manifest = {
         "data": source.describe(),
         "records": len(records),
+        "texts": records.texts,
         "model": {"name": facts.name, "sha256": None if output is None else engine.fingerprint()},
         "tokenizer": layout.encoder.fingerprint(),
         "embedder": _describe_embedder(embedder),
@@ -190,6 +192,7 @@ def _score_on(
     # Nothing is written for data that cannot be scored.
     job.measure_zero_shot(bars)
     job.require_two(source)
+    job.require_known(facts.vocab_size)
     if isinstance(embedder, np.ndarray | torch.Tensor):
         embedder = check_embeddings(embedder, len(records))
     if output is None:

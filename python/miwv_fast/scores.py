@@ -19,6 +19,7 @@ from miwv_fast import ranker
 from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
 from miwv_fast.formats import Row
+from miwv_fast.records import TextDigest
 from miwv_fast.sources import FileSource, ObjectSource, Source, open_source
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class Scores:
     approximate, `neighbor_recall`, the share of a sample whose neighbour is the nearest; it is not kept on disk.
     `embeddings` float32 [N, D] are what the neighbours were found by, None where the scores were saved without them.
 
-    With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over them, `neighbor` and `similarity`
-    are of the nearest, and two columns follow: `miwv_spread` float32, the standard deviation over the demonstrations,
-    and `neighbors`, a list of int64.
+    With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over those that leave room for the
+    response, `neighbor` and `similarity` are of the nearest of them, and two columns follow: `miwv_spread` float32, the
+    standard deviation over them, and `neighbors`, a list of int64.
     """
 
     table: pa.Table
@@ -150,6 +151,8 @@ class Scores:
         """The records of these numbers, in this order, as they came. Raises ValueError as `select` does."""
         order = [int(number) for number in numbers]
         wanted = set(order)
+        if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
+            raise ValueError(f"there are records 0 to {len(self) - 1}, asked for were {min(wanted)} to {max(wanted)}")
         rows = {number: row.value for number, row in enumerate(self.read_rows(data)) if number in wanted}
         return [rows[number] for number in order]
 
@@ -158,12 +161,15 @@ class Scores:
         source = self.source if data is None else open_source(data)
         if source is None:
             raise ValueError("these scores do not hold their records; give the data that was scored as `data`")
-        count = 0
+        count, texts = 0, TextDigest()
         for row in source.rows():
             yield row
             count += 1
+            texts.add(row)
         if count != len(self):
             raise ValueError(f"{source.name} has {count} records, the scores are of {len(self)}: other data")
+        if texts.sha256() != self.manifest.get("texts", texts.sha256()):
+            raise ValueError(f"{source.name} is not the data that was scored: its texts differ")
 
     def _groups(self, field: str, data: object) -> np.ndarray:
         """The records' values of a field, numbered as they come; a record without it has a value of its own kind."""
@@ -195,7 +201,9 @@ class Scores:
         `path` may be a URL that fsspec knows, such as s3://bucket/scores.parquet.
         """
         table = self.table.replace_schema_metadata({_MANIFEST_KEY: json.dumps(dict(self.manifest)).encode()})
-        Location(path).write(lambda out: pq.write_table(table, out))
+        stream = pa.BufferOutputStream()  # a path that is not UTF-8 is nothing that pyarrow could open
+        pq.write_table(table, stream)
+        Location(path).write_bytes(stream.getvalue().to_pybytes())
 
     def report(
         self,
@@ -266,7 +274,7 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
             raise FileNotFoundError(f"the run in {file.parent} is not finished: the command that began it goes on")
         raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
     try:
-        table = pq.read_table(file.local or pa.BufferReader(file.read_bytes()))
+        table = pq.read_table(pa.BufferReader(file.read_bytes()))
     except pa.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}
@@ -274,8 +282,19 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
     if not table.schema.equals(SCHEMA) and not table.schema.equals(MULTI_SCHEMA):
         raise ValueError(f"{file} does not hold MIWV scores: its columns are {', '.join(table.column_names)}")
     manifest = json.loads(metadata.get(_MANIFEST_KEY, b"{}"))
-    embeddings = read_embeddings(file.parent)
-    return Scores(table, manifest, _find_source(manifest, data, file.parent), embeddings=embeddings)
+    # What lies beside the scores belongs to them in their own run's folder only.
+    run = file.parent if _is_run(file.parent, manifest) else None
+    embeddings = None if run is None else read_embeddings(run)
+    return Scores(table, manifest, _find_source(manifest, data, run), embeddings=embeddings)
+
+
+def _is_run(folder: Location, manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the run of this manifest."""
+    path = folder / "manifest.json"
+    try:
+        return path.is_file() and path.read_json() == manifest
+    except ValueError:
+        return False
 
 
 def read_embeddings(run: Location) -> np.ndarray | None:
@@ -292,22 +311,24 @@ def read_embeddings(run: Location) -> np.ndarray | None:
         return None
 
 
-def _find_source(manifest: Mapping[str, Any], data: object, folder: Location) -> Source | None:
+def _find_source(manifest: Mapping[str, Any], data: object, run: Location | None) -> Source | None:
     if data is not None:
         return open_source(data)
-    spooled = folder / "data.jsonl"
-    if spooled.is_file():
-        if spooled.local is None:
-            return ObjectSource([json.loads(line) for line in spooled.read_bytes().splitlines()], str(spooled))
-        return open_source(spooled.local)
     described = manifest.get("data", {})
+    if run is not None and not {"files", "data_set"} & described.keys():
+        spooled = run / "data.jsonl"
+        if spooled.is_file():
+            lines = spooled.read_bytes().splitlines() if spooled.local is None else ()
+            spool = ObjectSource([json.loads(line) for line in lines], str(spooled))
+            return open_source(spooled.local) if spooled.local else spool
     if "data_set" in described:
-        return open_source(described["data_set"])
+        try:
+            return open_source(described["data_set"])
+        except FileNotFoundError as error:
+            _log.warning("%s", error)
+            return None
     files = described.get("files", [])
     paths = [Path(file["path"]) for file in files]
     if not paths or not all(path.is_file() for path in paths):
         return None
-    source = FileSource(paths)
-    if source.describe()["files"] != files:
-        _log.warning("%s has changed since it was scored", source.name)
-    return source
+    return FileSource(paths)

@@ -107,6 +107,7 @@ class Run:
             self.manifest.update({name: old[name] for name in found if name in old})
         elif not self._has_parts() and not (self.folder / "embeddings").names():
             # Nothing was computed yet: somebody mended the call that failed.
+            (self.folder / "data.jsonl").remove()
             self._write_manifest()
             return
         differing = differences(old, self.manifest)
@@ -233,6 +234,8 @@ def run_status(run: str | os.PathLike[str] | Location) -> dict[str, Any]:
         raise FileNotFoundError(f"no run at {folder}: it has no manifest.json")
     manifest, plan_path = (folder / "manifest.json").read_json(), folder / "plan.json"
     plan = plan_path.read_json() if plan_path.exists() else {"units": None, "tokens": None}
+    if not isinstance(manifest, dict) or not isinstance(plan, dict) or not {"units", "tokens"} <= plan.keys():
+        raise ValueError(f"{folder}: manifest.json or plan.json is damaged or of something else")
     parts = [part for part in read_parts(folder / "parts") if part.result is not None]
     tokens = sum(part.result.forwarded_tokens for part in parts if part.result)
     seconds = sum(part.seconds for part in parts)

@@ -328,7 +328,7 @@ class ChatTemplate:
 
     def _find_end_of_turn(self) -> int:
         """The first control token that the template writes behind a response, otherwise the tokenizer's EOS."""
-        tail = _split_slots(self._apply(("user", "assistant"), add_generation_prompt=False))[-1]
+        *_, tail = "", *_split_slots(self._apply(("user", "assistant"), add_generation_prompt=False))
         pieces = self.encoder.split_controls(tail) if isinstance(tail, str) else []
         end = next((piece for piece in pieces if isinstance(piece, int)), self.encoder.tokenizer.eos_token_id)
         if end is None:

@@ -101,8 +101,9 @@ class SegmentEncoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         # What the tokenizer puts around texts is not all in its backend, and a slow one's rules are code and files.
-        rules = [type(self.tokenizer).__name__, self.bos, self.tokenizer.eos_token_id, self._raw(_PROBE)]
-        return hashlib.sha256(text.encode() + json.dumps(rules).encode()).hexdigest()
+        named = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}  # for chat templates
+        rules = [type(self.tokenizer).__name__, self.bos, self.tokenizer.eos_token_id, self._raw(_PROBE), named]
+        return hashlib.sha256(text.encode() + json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a sequence of tokens, control tokens included, as it was before it was encoded."""

@@ -28,6 +28,33 @@ def split_suffixes(path: Path) -> tuple[str, str]:
     return Path(name.removesuffix(compression)).suffix, compression
 
 
+class _Xz:
+    """All streams of an .xz file; `lzma.open` leaves out, without a word, what follows one and is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._stream = lzma.LZMADecompressor()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end. Raises EOFError or lzma.LZMAError for damage."""
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data
+                while not (packed := packed.lstrip(b"\0")):  # zeros may stand between streams
+                    if not (packed := self._file.read(BLOCK_BYTES)):
+                        return b""
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input and not (packed := self._file.read(BLOCK_BYTES)):
+                raise EOFError("the file ended before the end of a stream")
+            data = self._stream.decompress(packed, size)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Unpacked(io.RawIOBase):
     """What a packed file holds, as far as it may expand."""
 
@@ -59,7 +86,7 @@ def open_file(path: Path, compression: str) -> io.BufferedReader:
     if compression == ".gz":
         return io.BufferedReader(_Unpacked(gzip.open(path, "rb"), path), BLOCK_BYTES)
     if compression == ".xz":
-        return io.BufferedReader(_Unpacked(lzma.open(path, "rb"), path), BLOCK_BYTES)
+        return io.BufferedReader(_Unpacked(_Xz(path), path), BLOCK_BYTES)
     if compression == ".zst":
         return io.BufferedReader(_Unpacked(pa.input_stream(str(path), compression="zstd"), path), BLOCK_BYTES)
     return path.open("rb")
