@@ -311,10 +311,20 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("miwv_fast", "torch", "transformers")
         },
+        "commits": {
+            "miwv_fast": commit(Path(__file__).parent),
+            "oda": commit(arguments.oda) if arguments.oda else None,
+        },
         "records": arguments.records,
         "ways": results,
         "ratios": ratios,
     }
+
+
+def commit(folder):
+    """What is checked out there, None where that cannot be told."""
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

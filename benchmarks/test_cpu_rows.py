@@ -198,8 +198,10 @@ def tables(path: str) -> str:
     for row in ours:
         if row["threads"] != 1 or row["rows"] == 16:
             continue
-        double = next((r for r in ours if r["threads"] == 2 and _same(r, row)), {})
-        gains = [f"{double[f'{name}_gain']:.2f}×" if double.get(f"{name}_gain") else "" for name in ("ours", "read")]
+        gains = []
+        for name in ("ours", "read"):
+            times = {r["threads"]: r["microseconds"] for r in result["speed"] if r["name"] == name and _same(r, row)}
+            gains.append(f"{times[1] / times[2]:.2f}×" if {1, 2} <= times.keys() else "")
         rows = f"{row['rows']}{', in cache' * row['cached']}"
         out.append(
             f"| {row['dtype']} | {row['vocab']:,} | {rows} | {row['ns_per_element']:.3f} "

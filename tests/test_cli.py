@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,13 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         ((*SCORE, "x", "--max-length", "999999"), "1024 positions"),
         ((*SCORE, "x", "--batch-tokens", "0"), "batch_tokens should be at least 1"),
         ((*SCORE, "x", "--device", "tpu9"), "unknown device 'tpu9'"),
+        ((*SCORE, "x", "--device", "mps"), "device 'mps': the kernels run on cpu and cuda"),
         ((*SCORE, "x", "--dtype", "int3"), "unknown dtype 'int3'"),
+        ((*SCORE, "x", "--model", "damaged"), "cannot load the model 'damaged'"),
+        ((*SCORE, "x", "--model", "small"), "but the model knows 100: do they belong together?"),
+        ((*SCORE, "x", "--embedder", "empty.npy"), "empty.npy is not an array that numpy.save wrote"),
+        ((*SCORE, "x", "--embedder", "zip.npy"), "zip.npy is not an array that numpy.save wrote"),
+        ((*SCORE, "x", "--embedder", "several.npy"), "several.npy holds several arrays"),
         ((*SCORE, "x", "--embedder", "one.npy"), "expected [10, D]"),
         ((*SCORE, "x", "--embedder", "none.npy"), "no such embedding file"),
         ((*SCORE, "x", "--model", "empty"), "cannot load the"),
@@ -167,7 +174,9 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         (("select", "run", "--output", "s.jsonl", "--min-response-tokens", "99999"), "min_response_tokens 99999"),
         (("select", "run", "--output", "s.jsonl", "--trainer", "axolotl"), "unknown trainer 'axolotl'"),
         (("select", "run", "--output", "s", "--trainer", "trl"), "trl reads files"),
+        (("select", "run", "--output", "data.jsonl"), "data.jsonl is the data that was scored, and would be lost"),
         (("explain", "run", "10"), "no record 10"),
+        (("status", "odd"), "manifest.json or plan.json is damaged"),
         (("score", "data.jsonl"), "Missing option"),
         (("frobnicate",), "No such command"),
     ],
@@ -178,6 +187,17 @@ def test_what_a_user_can_get_wrong(workplace, monkeypatch, capfd, arguments, mes
     (workplace / "wrong.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     np.save(workplace / "one.npy", np.ones((1, 4), np.float32))
     (workplace / "empty").mkdir(exist_ok=True)
+    (workplace / "odd").mkdir(exist_ok=True)
+    (workplace / "odd" / "manifest.json").write_text("[]")
+    (workplace / "empty.npy").touch()
+    (workplace / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(40))
+    with (workplace / "several.npy").open("wb") as stream:
+        np.savez(stream, a=np.ones(3), b=np.ones(3))
+    if not (workplace / "small").exists():
+        tiny_model("llama", 100).save_pretrained(workplace / "small")
+        byte_level().save_pretrained(workplace / "small")
+        shutil.copytree(workplace / "model", workplace / "damaged")
+        (workplace / "damaged" / "model.safetensors").write_bytes(b"\x08")
     if arguments[0] in ("select", "explain") and not (workplace / "run").exists():
         assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
     status, _, error = call(monkeypatch, capfd, workplace, *arguments)

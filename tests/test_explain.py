@@ -14,7 +14,7 @@ from miwv_fast.explain import _added_texts, explain_run, show
 from miwv_fast.head import AllLogits
 from miwv_fast.model import CausalLM
 from miwv_fast.tokens import SegmentEncoder
-from support import TOKENIZERS, text_embedder, tiny_model
+from support import TOKENIZERS, byte_level, text_embedder, tiny_model
 from test_scorer import make_rows, pairs
 
 
@@ -82,6 +82,54 @@ def test_what_cannot_be_explained(llama):
         miwv_fast.explain(good, long, llama)
     with pytest.raises(ValueError, match="name no known shape"):
         miwv_fast.explain(good, {"text": "a"}, llama)
+    with pytest.raises(ValueError, match="the record's response is empty"):
+        miwv_fast.explain(good | {"output": ""}, good, llama)
+    for max_length in (1, 1025):
+        with pytest.raises(ValueError, match=f"max_length should be 2 to 1024, it is {max_length}"):
+            miwv_fast.explain(good, good, llama, max_length=max_length)
+    small = tiny_model("llama", 100), llama[1]
+    with pytest.raises(ValueError, match="is none of the 100 that the model knows"):
+        miwv_fast.explain(good, good, small)
+
+
+@pytest.mark.parametrize("option", ["tokenizer", "dtype"])
+def test_a_run_is_explained_as_it_was_scored(llama, tmp_path, option):
+    """With its own tokenizer, or not at all; in its own type."""
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    byte_level(bos_and_eos=True).save_pretrained(tmp_path / "other")
+    given = {"tokenizer": tmp_path / "other"} if option == "tokenizer" else {"dtype": "bfloat16"}
+    rows, run = make_rows("alpaca", 6), tmp_path / "run"
+    scores = miwv_fast.score(rows, tmp_path / "model", embedder=text_embedder, output=run, **given)
+    if option == "tokenizer":
+        with pytest.raises(ValueError, match="not the one that the run was scored with"):
+            explain_run(run, 1)
+        with pytest.raises(ValueError, match="not the one that the run was scored with"):
+            scores.report(tmp_path / "r.html", model=tmp_path / "model")
+    _, told = explain_run(run, 1, tokenizer=str(tmp_path / "other") if option == "tokenizer" else None)
+    without = miwv_fast.explain(rows[1], rows[scores.table["neighbor"][1].as_py()], tmp_path / "model")
+    expected = scores.table["nll_zero_shot"][1].as_py()
+    # A batch rounds otherwise than a sequence alone, in bfloat16 by more than what tells the types apart.
+    error = abs(told.zero_shot.mean() - expected)
+    assert error < (1e-4 if option == "tokenizer" else 0.05) and told.zero_shot.mean() != without.zero_shot.mean()
+
+
+def test_the_nearest_of_several(llama, tmp_path):
+    """A demonstration that left no room is not what a record is explained, or reported, with."""
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"Name {n} colors.", "output": "red"} for n in range(4)]
+    rows[1]["output"] = "red and blue and three " * 20
+    embeddings = np.array([[1, 0], [1, 0.05], [1, 0.5], [1, 0.6]], np.float32)
+    options = {"embedder": embeddings, "neighbors": 3, "max_length": 110, "template": "plain"}
+    scores = miwv_fast.score(rows, tmp_path / "model", output=tmp_path / "run", **options)
+    assert scores.table["neighbors"][0].as_py() == [2, 3] and scores.table["neighbor"][0].as_py() == 2
+    line, _ = explain_run(tmp_path / "run", 0)
+    miwv = scores.table["miwv"][0].as_py()
+    assert f"record 0, demonstration 2: the nearest of 2, whose mean MIWV is {miwv:+.4f}: difference" in line
+    scores.report(tmp_path / "r.html", model=llama)
 
 
 def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +46,17 @@ def test_values_that_no_column_holds(tmp_path):
     for name in ("s.parquet", "folder"):
         with pytest.raises(ValueError, match="field 'meta' do not go into one column"):
             write_records(tmp_path / name, rows, choose_format(tmp_path / name))
+    deep: object = 1
+    for _ in range(1500):
+        deep = [deep]
+    for value in ({}, [{}], deep):
+        for name in ("s.parquet", "folder"):
+            try:  # some versions of pyarrow and datasets can
+                write_records(tmp_path / name, [{"instruction": "a", "meta": value}], choose_format(tmp_path / name))
+            except ValueError as error:
+                assert "into one column" in str(error)
+            else:
+                shutil.rmtree(tmp_path / name) if name == "folder" else (tmp_path / name).unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -62,6 +63,42 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
     file.write_bytes(b"{")
     with pytest.raises(ValueError, match=r"a\.json is not JSON"):
         file.read_json()
+
+
+def test_rows_that_json_can_hardly_hold(tmp_path, caplog):
+    """What a field holds comes back, or the field is left out by name; the file is UTF-8 whatever is in it."""
+    circular: dict = {"instruction": "c", "output": "d"}
+    circular["me"] = circular
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    rows = [
+        {"instruction": "ü", "meta": "x\ud800"},
+        {"messages": np.array([{"role": "user"}], dtype=object), "n": np.int64(3), "x": np.float32(0.5)},
+        circular,
+        {"instruction": "e", "deep": deep, ("a", 1): 2, "huge": 10**5000},
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"instruction": "ü", "meta": "x\ud800"},
+        {"messages": [{"role": "user"}], "n": 3, "x": 0.5},
+        {"instruction": "c", "output": "d"},
+        {"instruction": "e", "('a', 1)": 2},
+    ]
+    assert "record 2: field 'me' cannot be written" in caplog.text and "record 3: field 'deep'" in caplog.text
+
+
+def test_links_and_pipes(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    Location(tmp_path / "link").write_bytes(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        Location(tmp_path / "pipe").write_bytes(b"through")
+        assert read.result() == b"through" and (tmp_path / "pipe").is_fifo()
 
 
 def test_urls_that_cannot_be_used():

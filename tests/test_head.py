@@ -222,6 +222,15 @@ def test_a_head_that_cannot_be_given_chosen_positions_gives_all_logits(
     assert lm.default_batch_tokens() == 100
 
 
+def test_a_model_that_gives_nan_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Its records have no finite loss, which their status says."""
+    model = tiny_model("llama", VOCAB)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    lm = CausalLM(model, None, "broken")
+    assert lm.response_nll(sequences()).isnan().all()
+
+
 def test_a_model_without_logits_is_refused() -> None:
     model = tiny_model("llama", VOCAB).model
     with pytest.raises(ValueError, match="the encoder gives no logits; it is no causal language model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -132,6 +133,35 @@ def test_run_folder(rows, llama, scored, tmp_path, caplog):
 def test_run_of_an_iterable_keeps_the_records(rows, llama, scored, tmp_path):
     miwv_fast.score(iter(rows), llama, embedder=text_embedder, output=tmp_path / "run")
     assert miwv_fast.load_scores(tmp_path / "run").select(2) == scored.select(2)
+
+
+def test_what_lies_beside_scores_is_not_theirs(rows, llama, tmp_path):
+    """Only a run's own folder has its records and embeddings."""
+    for name, data in (("train", rows), ("data", rows[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    scores = miwv_fast.score(tmp_path / "train.jsonl", llama, embedder=text_embedder)
+    scores.save(tmp_path / "scores.parquet")
+    np.save(tmp_path / "embeddings.npy", np.ones((12, 2), np.float32))
+    loaded = miwv_fast.load_scores(tmp_path / "scores.parquet")
+    assert loaded.select(3) == scores.select(3) and loaded.embeddings is None
+    with pytest.raises(ValueError, match=r"data\.jsonl is not the data that was scored"):
+        loaded.select(3, tmp_path / "data.jsonl")
+    scores = miwv_fast.score(rows, llama, embedder=text_embedder)
+    scores.save(tmp_path / "scores.parquet")
+    assert miwv_fast.load_scores(tmp_path / "scores.parquet").source is None
+
+
+def test_records_that_do_not_exist(scored):
+    for number in (-1, 12):
+        with pytest.raises(ValueError, match="there are records 0 to 11"):
+            scored.rows([3, number])
+    assert scored.rows([]) == []
+
+
+def test_a_path_that_is_not_utf8(scored, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/na\xffme.parquet")
+    scored.save(path)
+    assert miwv_fast.load_scores(path).table.equals(scored.table)
 
 
 def test_unusable_files(tmp_path):

@@ -114,6 +114,10 @@ def test_bad_csv_rows(tmp_path):
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:-20], "cannot be read to its end"),
         ("none.jsonl.gz", b"nothing", "cannot be read to its end"),
         ("none.jsonl.xz", b"nothing", "cannot be read to its end"),
+        ("cut.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 9999)[:-20], "cannot be read to its end"),
+        ("two.jsonl.xz", lzma.compress(b"{}\n") + b"junk" + lzma.compress(b"{}\n"), "cannot be read to its end"),
+        ("open.csv", b'a,b\n1,2\n3,"4\n5,6\n7,8\n', ":3: in the row that begins here a quote is never closed"),
+        ("open.csv", b'\n\n"a,b\n1,2\n', ":3: in the row that begins here a quote is never closed"),
         ("none.jsonl.zst", b"nothing", "cannot be read to its end"),
         ("none.parquet", b"nothing", "cannot be read to its end"),
         ("broken.json", b"[{}, ", "not a valid JSON array"),
@@ -121,9 +125,23 @@ def test_bad_csv_rows(tmp_path):
     ],
 )
 def test_damaged_files(tmp_path, name, content, message):
+    """None of them loses what is behind the damage without a word."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         list(open_source(tmp_path / name).rows())
+
+
+def test_streams_of_xz_follow_each_other(tmp_path):
+    streams = lzma.compress(b'{"a": 1}\n' * 99999), lzma.compress(b""), lzma.compress(b'{"a": 2}\n')
+    (tmp_path / "rows.jsonl.xz").write_bytes(streams[0] + bytes(8) + streams[1] + streams[2] + bytes(4))
+    assert values(open_source(tmp_path / "rows.jsonl.xz")) == [{"a": 1}] * 99999 + [{"a": 2}]
+
+
+def test_blank_lines_of_csv(tmp_path):
+    (tmp_path / "rows.csv").write_text("\n\na,b\n\n1,2\n\n")
+    assert values(open_source(tmp_path / "rows.csv")) == [{"a": "1", "b": "2"}]
+    (tmp_path / "rows.csv").write_text("\n\n")
+    assert values(open_source(tmp_path / "rows.csv")) == []
 
 
 def test_unusable_data(tmp_path):

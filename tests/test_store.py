@@ -421,6 +421,53 @@ def test_a_call_that_failed_before_anything_was_computed_can_be_mended(folder):
     assert outcome(folder, "mended") == outcome(folder, "undisturbed")
 
 
+def test_a_call_that_failed_leaves_nothing_of_its_data(folder):
+    own, (a, b) = byte_level(), (ROWS[:8], ROWS[8:16])
+    model = (tiny_model("llama", len(own)), own)
+    with pytest.raises(ValueError, match="the embedder should give"):
+        miwv_fast.score(a, model, output=folder / "other data", embedder=lambda texts: np.ones((1, 3)))
+    scores = miwv_fast.score(b, model, output=folder / "other data", embedder=text_embedder)
+    selected = scores.select(2)
+    assert miwv_fast.load_scores(folder / "other data").select(2) == selected and selected[0] in b
+
+
+@pytest.mark.parametrize("kind", ["stream", "hub"])
+def test_a_data_set_is_known_by_its_texts(folder, monkeypatch, kind):
+    """Neither a stream nor a name says what is in it."""
+    datasets = pytest.importorskip("datasets")
+    own, rows = byte_level(), [dict(row) for row in ROWS[:6]]
+    model = (tiny_model("llama", len(own)), own)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.Dataset.from_list(rows))
+
+    def data():
+        made = list(map(dict, rows))
+        return "some/data" if kind == "hub" else datasets.IterableDataset.from_generator(lambda: iter(made))
+
+    miwv_fast.score(data(), model, output=folder / kind, embedder=text_embedder)
+    assert len(miwv_fast.load_scores(folder / kind).select(2)) == 2
+    rows[3]["output"] += " 42"
+    with pytest.raises(ValueError, match=r"  texts: "):
+        miwv_fast.score(data(), model, output=folder / kind, embedder=text_embedder)
+    if kind == "hub":
+        with pytest.raises(ValueError, match="data set some/data is not the data that was scored"):
+            miwv_fast.load_scores(folder / kind).select(2)
+
+        def unreachable(name):
+            raise ConnectionError("no way")
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        assert miwv_fast.load_scores(folder / kind).source is None
+
+
+def test_a_renamed_template_is_the_same_run(folder, tmp_path):
+    for name in ("one.jinja", "two.jinja"):
+        (tmp_path / name).write_text(
+            "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}\n{% endmacro %}"
+        )
+        scores = score(folder, "renamed", template=tmp_path / name)
+    assert scores.stats["resumed_tokens"] == scores.stats["forwarded_tokens"] > 0
+
+
 def test_fresh_moves_the_old_run_aside(folder):
     score(folder, "fresh", template="plain")
     old = outcome(folder, "fresh")

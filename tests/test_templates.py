@@ -239,7 +239,7 @@ class TestJinjaFile:
     def test_own_template(self, tmp_path, tokenizer):
         path = self.write(
             tmp_path,
-            "{% set separator = '\\n---\\n' %}{% macro prompt(instruction, input) %}Q: {{ instruction | trim }}\n"
+            "{% set separator = '\\n---\\n' %}{% macro prompt(instruction, input) %}Q: {{ instruction }}\n"
             "{% if input %}({{ input }})\n{% endif %}A:\n{% endmacro %}",
         )
         template = load_template(path, tokenizer)
@@ -258,6 +258,17 @@ class TestJinjaFile:
                 "space",
             ),
             ("{% set separator = '' %}{% macro prompt(a, b) %}{{ instruction }}\n{% endmacro %}", "undefined"),
+            *(
+                (
+                    "{% set separator = '' %}{% macro prompt(instruction, input) %}" + body + "\n{% endmacro %}",
+                    "changes",
+                )
+                for body in (
+                    *("{{ instruction | upper }}", "{{ instruction | trim }}", "{{ instruction | truncate(99) }}"),
+                    *("{{ instruction }}{{ input[:50] }}", "{{ instruction }}{{ input | escape }}"),
+                    "{{ instruction }}{% if instruction | length > 60 %} at length{% endif %}",
+                )
+            ),
             (
                 "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ ''.__class__.mro() }}{% endmacro %}",
                 "unsafe",

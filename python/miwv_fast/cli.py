@@ -118,12 +118,17 @@ def score(
     )
     counts = ", ".join(f"{count} {status}" for status, count in scores.counts().items())
     typer.echo(f"{len(scores)} records: {counts}")
-    tokens, seconds = scores.stats["forwarded_tokens"], scores.stats["scoring_seconds"]
-    typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
+    resumed, seconds = scores.stats["resumed_tokens"], scores.stats["scoring_seconds"]
+    tokens = scores.stats["forwarded_tokens"] - resumed
+    if tokens:
+        typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
+    if resumed:
+        typer.echo(f"{resumed} tokens were forwarded before this call")
+    run = shlex.quote(output)
     typer.echo(
-        f"wrote {output.rstrip('/')}/scores.parquet; next: miwv-fast select {output} --top 1% --output subset.jsonl"
+        f"wrote {output.rstrip('/')}/scores.parquet; next: miwv-fast select {run} --top 1% --output subset.jsonl"
     )
-    typer.echo(f"or look at it first: miwv-fast report {output}")
+    typer.echo(f"or look at it first: miwv-fast report {run}")
 
 
 @app.command()
@@ -162,12 +167,16 @@ def select(
     """
     from miwv_fast.export import choose_format, write_records
     from miwv_fast.scores import load_scores
+    from miwv_fast.sources import FileSource
     from miwv_fast.trainers import check_trainer, write_for_trainer
 
     kind = choose_format(output, format)
     if trainer is not None:
         check_trainer(trainer, kind)
     scores = load_scores(run, data)
+    scored = scores.source.paths if isinstance(scores.source, FileSource) else []
+    if output.resolve() in [path.resolve() for path in scored]:
+        raise ValueError(f"{output} is the data that was scored, and would be lost; give another file")
     chosen = scores.choose(
         "1%" if top is None and min_miwv is None else top,
         min_miwv=min_miwv,
@@ -332,7 +341,8 @@ def _read_embeddings(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such embedding file: {path}")
     try:
-        loaded = np.load(path, allow_pickle=False)
+        with Path(path).open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
     except (EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an array that numpy.save wrote: {error}") from error
     if not isinstance(loaded, np.ndarray):

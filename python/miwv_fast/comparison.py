@@ -65,7 +65,10 @@ def show_comparison(comparison: Comparison, scores: Scores, count: int = 10) -> 
     print(f"{comparison.records:,} records scored in both, rank correlation {comparison.spearman:+.3f} (Spearman)")
     for share, overlap in comparison.overlap.items():
         print(f"top {share}: {100 * overlap:.0f} % in common")
-    moved = comparison.moved.slice(0, count).to_pylist()
+    moved = [row for row in comparison.moved.slice(0, count).to_pylist() if row["rank_a"] != row["rank_b"]]
+    if not moved:
+        print("no record has another rank")
+        return
     table = Table(title="What moved most", title_justify="left", expand=True)
     for name in ("record", "rank in A", "in B", "MIWV in A", "in B"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -112,6 +115,11 @@ def _overlap(a: Scores, b: Scores, size: int) -> float:
 def _require_same_data(a: Scores, b: Scores) -> None:
     if len(a) != len(b):
         raise ValueError(f"these runs are of different data: {len(a)} records and {len(b)}")
+    texts = [scores.manifest.get("texts") for scores in (a, b)]
+    if None not in texts:
+        if texts[0] != texts[1]:
+            raise ValueError("these runs are of different data: the texts that were scored differ")
+        return
     contents = [_contents(scores.manifest.get("data", {})) for scores in (a, b)]
     if contents[0] and contents[1] and contents[0][0] == contents[1][0] and contents[0] != contents[1]:
         raise ValueError(f"these runs are of different data: the {contents[0][0]} of what was scored differs")

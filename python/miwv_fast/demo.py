@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -34,9 +35,8 @@ def run_demo(output: Path) -> None:
     scores.save(output / "scores.parquet")
     write_jsonl(output / "selected.jsonl", selected)
     print(f"wrote {output / 'scores.parquet'} (a row per record) and {output / 'selected.jsonl'} (the best 10 %)")
-    print(
-        f"next: miwv-fast explain {output} 0, or your own data: miwv-fast score DATA.jsonl --model MODEL --output run"
-    )
+    explain = f"miwv-fast explain {shlex.quote(str(output))} 0"
+    print(f"next: {explain}, or your own data: miwv-fast score DATA.jsonl --model MODEL --output run")
 
 
 def _packaged(package: str, pattern: str, command: str) -> Path:

@@ -64,8 +64,12 @@ def explain(
     lm = model if isinstance(model, CausalLM) else load_model(model, tokenizer, device, dtype)
     layout = load_template(template, lm.tokenizer, include_eos) if isinstance(template, str | Path) else template
     passes = layout.one_shot(demonstration, scored), layout.zero_shot(scored)
+    if max_length is not None and not 2 <= max_length <= (lm.max_length or sys.maxsize):
+        raise ValueError(f"max_length should be 2 to {lm.max_length or 'any number'}, it is {max_length}")
     limit = lm.max_length if max_length is None else max_length
     room = min(sequence.room(limit) for sequence in passes)
+    if not len(passes[1].rows):
+        raise ValueError("the record's response is empty: there is no token to explain")
     if not room:
         longest = max(len(sequence.ids) for sequence in passes)
         raise ValueError(f"no response token stands within {limit} positions: the sequences have up to {longest}")
@@ -145,7 +149,10 @@ def explain_run(
     record, neighbor = scores.rows([index, row["neighbor"]])
     told = Explainer(scores.manifest, model, tokenizer)(record, neighbor)
     means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
-    return f"record {index}, demonstration {row['neighbor']}: MIWV {told.difference.mean():+.4f}, {means}", told
+    name, used = "MIWV", len(row.get("neighbors", ()))
+    if used > 1:
+        name = f"the nearest of {used}, whose mean MIWV is {row['miwv']:+.4f}: difference"
+    return f"record {index}, demonstration {row['neighbor']}: {name} {told.difference.mean():+.4f}, {means}", told
 
 
 def show(line: str, explanation: Explanation) -> None:

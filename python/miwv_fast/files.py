@@ -240,7 +240,14 @@ def _plain(value: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file."""
+    """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file.
+
+    A link stays a link. What is no file, such as a pipe or a terminal, is written to as it is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write(path)
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -52,7 +52,9 @@ class Job:
     nll_zero: np.ndarray  # float32 [N]
     nll_one: np.ndarray  # float32 [N, k]
     neighbors: Neighbors
-    stats: dict[str, float] = field(default_factory=lambda: {"forwarded_tokens": 0, "padding_tokens": 0})
+    stats: dict[str, float] = field(
+        default_factory=lambda: {"forwarded_tokens": 0, "resumed_tokens": 0, "padding_tokens": 0}
+    )
 
     @classmethod
     def start(cls, records: Records, template: Template, max_length: int | None, k: int) -> Job:
@@ -201,6 +203,7 @@ class Job:
         with bars.task("scoring", planned, "tokens") as advance:
             for result in finished.values():
                 self._take(result)
+                self.stats["resumed_tokens"] += result.forwarded_tokens
                 advance(result.forwarded_tokens, tally.add(len(result.zero_shot[0])))
             left_units = [(number, unit) for number, unit in enumerate(units) if number not in finished]
             if left_units and stopping():

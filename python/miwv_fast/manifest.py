@@ -13,6 +13,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     # An embedder that is not at hand now is not needed either, where the neighbours are found.
     if None in (before.get("embedder_content"), now.get("embedder_content")):
         before.pop("embedder_content", None), now.pop("embedder_content", None)
+    elif before.get("embedder_content") == now.get("embedder_content"):
+        before.pop("embedder", None), now.pop("embedder", None)
+    old_template, new_template = before.get("template"), now.get("template")
+    if (
+        isinstance(old_template, dict)
+        and isinstance(new_template, dict)
+        and old_template.get("source") == new_template.get("source")
+    ):
+        before["template"], now["template"] = old_template | {"name": None}, new_template | {"name": None}
     return list(_differing(before, now))
 
 

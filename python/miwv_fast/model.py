@@ -251,6 +251,8 @@ def load_model(
         if len(model) != 2:
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
         loaded, own_tokenizer = model
+        if not isinstance(loaded, torch.nn.Module):
+            raise TypeError(f"a loaded model is given as (model, tokenizer), the first is {type(loaded).__name__}")
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(tokenizer)
         if device != "auto":

@@ -141,6 +141,8 @@ def _at_least(order: np.ndarray, name: str, values: np.ndarray, least: float) ->
     whole = np.issubdtype(values.dtype, np.integer)
     if isinstance(least, bool) or not isinstance(least, numbers.Integral if whole else numbers.Real):
         raise TypeError(f"{name} should be a {'whole ' * whole}number, it is {least!r}")
+    if math.isnan(least) or (whole and least < 0):
+        raise ValueError(f"{name} should be {'at least 0' if whole else 'a number'}, it is {least}")
     if not whole:  # in the scores' own type: 0.7 is at least 0.7
         with np.errstate(over="ignore"):
             least = float(np.float32(least))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from miwv_fast.info import package_versions
 
 _log = logging.getLogger(__name__)
 _NOISY = ("ray", "ray.data")
+_CONNECT_SECONDS = 10
+_UNREACHABLE = "is it running (ray status), and is this a machine of it?"
 _INIT_DEATHS = 10  # machines may die while their actors load the model
 _SHARED = ("miwv-fast", "transformers", "tokenizers")  # what this process and the workers must agree on
 
@@ -96,6 +100,11 @@ def start(address: str | None, verbose: bool) -> None:
             f"ray_address {address}: Ray Client is not supported; start this on a machine of the cluster and give "
             "auto, or HOST:PORT"
         )
+    if address is not None and (found := re.fullmatch(r"\[?([^\]]+)\]?:([0-9]{1,5})", address)):
+        try:  # Ray itself would try for a quarter of an hour
+            socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot reach a Ray cluster at {address!r}: {error}; {_UNREACHABLE}") from error
     for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")):
         os.environ.setdefault(name, value)
     level = logging.INFO if verbose else logging.ERROR
@@ -106,8 +115,7 @@ def start(address: str | None, verbose: bool) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"cannot reach a Ray cluster at {address!r}: {reason}; is it running (ray status), and is this a machine "
-            "of it?"
+            f"cannot reach a Ray cluster at {address!r}: {reason}; {_UNREACHABLE}"
             if address
             else f"cannot start Ray on this machine: {reason}"
         ) from error
@@ -157,7 +165,7 @@ def share(
     for each in range(int(max(cpus)), 0, -1):
         if sum(int(room) // each for room in cpus) >= count:
             return Cluster(count, float(each), 0.0, own, verbose)
-    raise ValueError(f"{count} workers: the Ray cluster has {sum(cpus):g} processors, {_counts(cpus)}")
+    raise ValueError(f"{count} workers: the Ray cluster has {sum(cpus):g} processors ({_counts(cpus)} by machine)")
 
 
 def check_versions(cluster: Cluster) -> None:

@@ -76,7 +76,8 @@ def score(
         embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, or a callable
             from lists of at most 8,192 texts to such arrays.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
-        neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean.
+        neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. All others
+            where there are not so many.
         include_eos: Whether the end-of-turn token behind each response is scored too.
         max_length: Tokens per sequence; by default what the model knows.
         batch_tokens: Padded tokens per forward pass. `auto`: 1,024 on a CPU, what the weights leave room for on a GPU;
@@ -305,7 +306,9 @@ def _check_engine(
         raise ValueError(f"engine='ray' gives each worker its own GPUs: use auto, cpu or cuda, not {device}")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers should be a whole number of at least 1, it is {workers!r}")
-    if gpus_per_worker is not None and not (gpus_per_worker == int(gpus_per_worker) or 0 < gpus_per_worker < 1):
+    if gpus_per_worker is not None and not (
+        gpus_per_worker >= 0 and (gpus_per_worker < 1 or float(gpus_per_worker).is_integer())
+    ):
         raise ValueError(f"gpus_per_worker should be a whole number or a share below 1, it is {gpus_per_worker}")
 
 

@@ -64,8 +64,9 @@ class Scores:
     `table` columns: `index` int64; `id` string; `miwv`, `nll_one_shot`, `nll_zero_shot` float32 in nats per token,
     null where not scored; `response_tokens` int32, how many tokens were scored; `neighbor` int64, the demonstration;
     `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about; `stats`
-    what they cost (`forwarded_tokens`, `padding_tokens`, `scoring_seconds`) and, where the search for neighbours was
-    approximate, `neighbor_recall`, the share of a sample whose neighbour is the nearest; it is not kept on disk.
+    what they cost (`forwarded_tokens`, `resumed_tokens` of them before this call, `padding_tokens`, `scoring_seconds`)
+    and, where the search for neighbours was approximate, `neighbor_recall`, the share of a sample whose neighbour is
+    the nearest; it is not kept on disk.
     `embeddings` float32 [N, D] are what the neighbours were found by, None where the scores were saved without them.
 
     With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over those that leave room for the

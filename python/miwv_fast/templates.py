@@ -66,6 +66,13 @@ Assistant:
 # Noncharacters, which no text holds: a template is rendered around numbered slots, never around data.
 _SLOT = re.compile("\ufdd0([0-9]+)\ufdd1")
 
+# Instruction and input that a filter, a slice or a condition on their text would show in: short, and long with blanks
+# around, both cases and markup.
+_PROBES = (
+    ("x", "y"),
+    (" \tGr\u00fc\u00dfe, <b>A &\"'</b>\n" + "some Words " * 300, "OTHER <i>&'\"</i>\n\n" * 300 + " \t"),
+)
+
 
 def _slot(number: int) -> str:
     return f"\ufdd0{number}\ufdd1"
@@ -229,6 +236,14 @@ class PairTemplate:
         rendered = _split_slots(text)
         if has_instruction and 0 not in rendered:
             raise ValueError(f"template {self.name}: the prompt does not contain the instruction as it is")
+        for texts in _PROBES:
+            with limits(f"template {self.name}"):
+                real = str(self._macro(texts[0] if has_instruction else "", texts[1] if has_input else ""))
+            if real != "".join(part if isinstance(part, str) else texts[part] for part in rendered):
+                raise ValueError(
+                    f"template {self.name}: it changes the instruction or input, or looks into it; it may only place "
+                    "them, as they are"
+                )
         return rendered
 
 

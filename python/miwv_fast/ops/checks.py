@@ -241,7 +241,8 @@ def check_integer(name: str, value: int, least: int = -(2**63)) -> None:
 def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
     """Raises unless these are results of `response_nll_partials` for the same tokens."""
     if not isinstance(partials, Sequence) or not partials:
-        raise TypeError(f"partials must be a list of at least one tensor, not {kind(partials)}")
+        what = "an empty one" if isinstance(partials, Sequence) else kind(partials)
+        raise TypeError(f"partials must be a list of at least one tensor, not {what}")
     for place, part in enumerate(partials):
         if not isinstance(part, Tensor) or part.dtype is not torch.float64:
             raise TypeError(f"partials[{place}] must be a float64 tensor, not {kind(part)}")
