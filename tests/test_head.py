@@ -222,6 +222,21 @@ def test_a_head_that_cannot_be_given_chosen_positions_gives_all_logits(
     assert lm.default_batch_tokens() == 100
 
 
+def test_a_model_that_is_wrong_without_a_cache_is_refused() -> None:
+    """As Gemma 3n was before transformers 5.6."""
+    model = tiny_model("llama", VOCAB)
+    forward = model.forward
+
+    def changed(*arguments: Any, use_cache: bool = True, **named: Any) -> Any:
+        result = forward(*arguments, use_cache=use_cache, **named)
+        result.logits = result.logits if use_cache else result.logits.flip(-1)
+        return result
+
+    model.forward = changed
+    with pytest.raises(ValueError, match="other logits without a cache than with one"):
+        CausalLM(model, None, "changed")
+
+
 def test_a_model_that_gives_nan_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     """Its records have no finite loss, which their status says."""
     model = tiny_model("llama", VOCAB)

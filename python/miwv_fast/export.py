@@ -75,7 +75,7 @@ def _write_datasets(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         columns = _columns(rows)
         with _one_column_each():
-            datasets.Dataset.from_dict(columns).save_to_disk(temporary)
+            datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
         for path in temporary.iterdir():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -15,7 +15,8 @@ import torch
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.devices import choose_device, choose_dtype, to_device
-from miwv_fast.head import Scored, agree, find_head, positions_at_a_time
+from miwv_fast.head import Scored, positions_at_a_time
+from miwv_fast.probe import agree, find_head
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
