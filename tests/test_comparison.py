@@ -86,7 +86,15 @@ def test_the_same_data_may_have_moved():
     assert miwv_fast.compare(a, b).records == 10
 
 
-def test_what_is_printed(capsys):
+def test_the_same_texts_may_lie_in_other_files():
+    manifests = [{"texts": "1", "data": {"files": [{"path": path, "sha256": path}]}} for path in ("a.csv", "b.json")]
+    a, b = (Scores(random_scores(10), manifest) for manifest in manifests)
+    assert miwv_fast.compare(a, b).records == 10
+    with pytest.raises(ValueError, match="the texts that were scored differ"):
+        miwv_fast.compare(a, Scores(random_scores(10), {"texts": "2"}))
+
+
+def test_what_is_printed(capsys, caplog):
     rows = [{"instruction": f"[bold]\x1b[31mred {number} " + "word " * 99, "output": "b"} for number in range(20)]
     table = random_scores(20)
     a, b = with_miwv(table, list(map(float, range(20)))), with_miwv(table, [*map(float, range(19)), -1.0])
@@ -98,3 +106,7 @@ def test_what_is_printed(capsys):
     assert "\x1b" not in printed and "[bold]" in row and max(map(len, printed.splitlines())) <= 120
     show_comparison(miwv_fast.compare(a, b), a)
     assert "+19.000" in capsys.readouterr().out
+    show_comparison(miwv_fast.compare(a, b), Scores(a.table, {"texts": "1"}, open_source(rows)))
+    assert "+19.000" in capsys.readouterr().out and "no texts are shown" in caplog.text
+    show_comparison(miwv_fast.compare(a, a), a)
+    assert capsys.readouterr().out.endswith("no record has another rank\n")

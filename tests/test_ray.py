@@ -235,6 +235,8 @@ def test_unreachable_address(folder):
         ray_cluster.start("ray://nowhere:1", verbose=False)
     with pytest.raises(ValueError, match=r"cannot reach a Ray cluster at '127\.0\.0\.1:1'"):
         ray_cluster.start("127.0.0.1:1", verbose=False)
+    with pytest.raises(ValueError, match=r"cannot reach a Ray cluster at 'no\.such\.host\.invalid:99999'"):
+        ray_cluster.start("no.such.host.invalid:99999", verbose=False)
 
 
 def test_signals_reach_the_caller():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from miwv_fast.scores import Scores
 from miwv_fast.terminal import printable
 
 SHARES = ("1%", "5%", "10%")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,12 @@ def _prompts(scores: Scores, numbers: list[int]) -> list[str]:
     """The beginning of each record's prompt, empty where the data is not at hand."""
     if scores.source is None:
         return [""] * len(numbers)
-    prompts = (" ".join(parse_record(row).turns[0].prompt.split()) for row in scores.rows(numbers))
+    try:
+        rows = scores.rows(numbers)
+    except ValueError as error:
+        _log.warning("no texts are shown: %s", error)
+        return [""] * len(numbers)
+    prompts = (" ".join(parse_record(row).turns[0].prompt.split()) for row in rows)
     return [printable(prompt[:200]) for prompt in prompts]
 
 
