@@ -99,7 +99,8 @@ def test_losses_are_those_of_the_model(kind: str) -> None:
     try:
         lm = CausalLM(model, None, kind)
     except ValueError as error:
-        assert "sees the tokens that follow" in str(error)
+        # So small a Dory has layers that overwrite each other's cache.
+        assert "sees the tokens that follow" in str(error) or (kind == "dory" and "without a cache" in str(error))
         return
     with torch.no_grad():
         logits = [model(torch.from_numpy(one.ids).long()[None]).logits[0].double() for one in whole]
@@ -117,14 +118,14 @@ def test_losses_are_those_of_the_model(kind: str) -> None:
     torch.testing.assert_close(lm.response_nll(behind, prefixes, continued), losses, rtol=0, atol=5e-5)
 
 
-@pytest.mark.skipif(transformers.__version__ != "5.23.0", reason="the counts are those of transformers 5.23.0")
+@pytest.mark.skipif(transformers.__version__ != "5.24.0", reason="the count is that of transformers 5.24.0")
 def test_most_can_be_made_small() -> None:
     """Without which the test above would skip them all and say nothing."""
     made = 0
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         with suppress(pytest.skip.Exception):
             made += small_model(kind) is not None
-    assert made == 146
+    assert made == 153
 
 
 def main() -> None:
@@ -135,8 +136,8 @@ def main() -> None:
             lm = CausalLM(small_model(kind), None, kind)
         except pytest.skip.Exception:
             counts["cannot be made small"] += 1
-        except ValueError:
-            counts["see later tokens"] += 1
+        except ValueError as error:
+            counts["see later tokens" if "tokens that follow" in str(error) else "wrong without a cache"] += 1
         else:
             counts.update(
                 {"causal": 1, f"of these: {lm.head.name}": 1, "of these: share prefixes": lm.shared_length > 0}

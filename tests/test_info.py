@@ -13,7 +13,7 @@ from miwv_fast import bench, ops
 
 def test_info_is_json_and_names_what_matters():
     told = json.loads(json.dumps(miwv_fast.info()))
-    assert told["packages"]["torch"] == torch.__version__
+    assert told["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert told["kernels"]["isa"] in told["kernels"]["available_isas"]
     assert "datasets" in told["extras"]["datasets"] and "test" not in told["extras"]
     assert told["cpu"]["cores"] >= 1 and told["cpu"]["name"]
