@@ -35,7 +35,7 @@ def test_datasets_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "new" / "selected"
     write_records(folder, ROWS, choose_format(folder))
-    assert datasets.load_from_disk(folder).to_list() == WHOLE
+    assert datasets.load_from_disk(str(folder)).to_list() == WHOLE
     with pytest.raises(ValueError, match="is there already"):
         write_records(folder, ROWS, "datasets")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["selected"]

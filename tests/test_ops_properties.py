@@ -25,7 +25,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     logits = logits.to(dtype)
     odd = st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 65000.0, 0.0, 1e-42])
     for _ in range(draw(st.integers(0, 3))):
-        logits[draw(st.integers(0, count - 1)), draw(st.integers(0, vocab - 1))] = draw(odd)
+        logits[draw(st.integers(0, count - 1)), draw(st.integers(0, vocab - 1))] = torch.tensor(draw(odd)).to(dtype)
     cuts = sorted(draw(st.lists(st.integers(0, tokens), max_size=4)))
     return {
         "logits": logits,

@@ -219,7 +219,7 @@ def check_hidden(name: str, hidden: Tensor) -> None:
 def check_factors(softcap: float | None, scale: float) -> None:
     """Raises unless the scale, and the softcap where there is one, are finite numbers above 0 in float32."""
     for name, value in (("scale", scale), *([] if softcap is None else [("softcap", softcap)])):
-        number = isinstance(value, float | int) and not isinstance(value, bool)
+        number = isinstance(value, (float, int)) and not isinstance(value, bool)  # torch 2.6 cannot trace a union
         if not (number and _FLOAT32.tiny <= value <= _FLOAT32.max):
             raise ValueError(f"{name} is {_show(value)}, it must be a finite number above 0 in float32")
 
