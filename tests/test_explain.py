@@ -107,6 +107,7 @@ def test_a_run_is_explained_as_it_was_scored(llama, tmp_path, option):
             explain_run(run, 1)
         with pytest.raises(ValueError, match="not the one that the run was scored with"):
             scores.report(tmp_path / "r.html", model=tmp_path / "model")
+        scores.report(tmp_path / "r.html", model=tmp_path / "model", tokenizer=tmp_path / "other")
     _, told = explain_run(run, 1, tokenizer=str(tmp_path / "other") if option == "tokenizer" else None)
     without = miwv_fast.explain(rows[1], rows[scores.table["neighbor"][1].as_py()], tmp_path / "model")
     expected = scores.table["nll_zero_shot"][1].as_py()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from itertools import pairwise
@@ -156,6 +157,14 @@ def test_records_that_do_not_exist(scored):
         with pytest.raises(ValueError, match="there are records 0 to 11"):
             scored.rows([3, number])
     assert scored.rows([]) == []
+
+
+def test_a_malformed_row_may_become_text_in_a_run(rows, llama, tmp_path):
+    """JSON knows no dates: what a list held as one comes back from the run's own copy as text."""
+    data = [*rows, {"instruction": "When?", "output": datetime.date(2026, 1, 1)}]
+    scores = miwv_fast.score(data, llama, embedder=text_embedder, output=tmp_path / "run")
+    assert scores.counts()["malformed"] == 1
+    assert miwv_fast.load_scores(tmp_path / "run").select(3) == scores.select(3)
 
 
 def test_a_path_that_is_not_utf8(scored, tmp_path):

@@ -214,12 +214,15 @@ def report(
     top: Annotated[str, typer.Option(help="The selection that the report opens with: 1%, 0.01, or a number.")] = "1%",
     field: Annotated[str | None, typer.Option(help="Field of the data to compare by; default: looked for.")] = None,
     model: Annotated[str | None, typer.Option(help="Explains the extremes token by token with this model.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer that the run was scored with.", show_default="the model's own")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
     """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
     from miwv_fast.scores import load_scores
 
-    load_scores(run, data).report(output, top=top, field=field, model=model)
+    load_scores(run, data).report(output, top=top, field=field, model=model, tokenizer=tokenizer)
     typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from miwv_fast.assembly import TokenSequence
     from miwv_fast.model import CausalLM
     from miwv_fast.templates import Template
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Explainer:
 
     def __init__(self, settings: Mapping[str, Any], model: Any = None, tokenizer: Any = None) -> None:
         from miwv_fast.devices import DTYPES
+        from miwv_fast.info import package_versions
         from miwv_fast.model import load_model
         from miwv_fast.templates import load_template
 
@@ -121,9 +125,12 @@ class Explainer:
         self._template = load_template(name, self._lm.tokenizer, settings["include_eos"], source)
         self._max_length = settings["max_length"]
         if self._template.encoder.fingerprint() != settings["tokenizer"]:
-            raise ValueError(
-                f"the tokenizer of {self._lm.name} is not the one that the run was scored with; give that by tokenizer"
-            )
+            message = f"the tokenizer of {self._lm.name} is not the one that the run was scored with"
+            names = ("transformers", "tokenizers")
+            if any(package_versions((name,))[name] != settings["versions"].get(name) for name in names):
+                _log.warning("%s, or looks otherwise in this version of transformers", message)
+            else:
+                raise ValueError(f"{message}; give that by tokenizer")
 
     def __call__(self, record: Mapping[str, Any], neighbor: Mapping[str, Any]) -> Explanation:
         """As `explain`."""

@@ -44,6 +44,7 @@ def write_report(
     field: str | None = None,
     data: object = None,
     model: Any = None,
+    tokenizer: Any = None,
 ) -> None:
     """Writes the report of `scores` to `path`; `Scores.report` says what the arguments are and what is raised."""
     figures = import_extra("miwv_fast.report_figures", "report")
@@ -69,7 +70,7 @@ def write_report(
         "field": None if grouping is None else _describe_grouping(grouping, ranking),
         "texts": take_within(shown, texts, _TEXT_BYTES),
         "rejected": _rejected(scores, rejected[:EXTREMES], grouping),
-        "explanations": {} if model is None else _explain(scores, ranking, rows, model),
+        "explanations": {} if model is None else _explain(scores, ranking, rows, model, tokenizer),
         "figures": {plot.name: {"item": plot.item, "x": plot.x, "y": plot.y} for plot in plots},
     }
     html = _render(scores, page, plots, figures.library())
@@ -165,11 +166,13 @@ def _render(scores: Scores, page: dict[str, Any], plots: list[Plot], library: st
     return html.encode(errors="backslashreplace")
 
 
-def _explain(scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], model: Any) -> dict[str, Any]:
+def _explain(
+    scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], model: Any, tokenizer: Any
+) -> dict[str, Any]:
     """The best and the worst records token by token, by record number."""
     if not rows:
         return {}
-    explainer = Explainer(scores.manifest, model)
+    explainer = Explainer(scores.manifest, model, tokenizer)
     explanations = {}
     for number in dict.fromkeys([*ranking[:EXPLAINED].tolist(), *ranking[-EXPLAINED:].tolist()]):
         record, neighbor = rows[number].value, rows[scores.table["neighbor"][number].as_py()].value

@@ -169,7 +169,7 @@ class Scores:
             texts.add(row)
         if count != len(self):
             raise ValueError(f"{source.name} has {count} records, the scores are of {len(self)}: other data")
-        if texts.sha256() != self.manifest.get("texts", texts.sha256()):
+        if not source.own and texts.sha256() != self.manifest.get("texts", texts.sha256()):
             raise ValueError(f"{source.name} is not the data that was scored: its texts differ")
 
     def _groups(self, field: str, data: object) -> np.ndarray:
@@ -214,20 +214,21 @@ class Scores:
         field: str | None = None,
         data: object = None,
         model: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         """Writes one HTML file that shows these scores, needs no network and opens from disk; replaces a file there.
 
         `top` is the selection that it opens with, as in `select`. `field` names the field of the data whose values are
         compared; without it one is looked for. `data` replaces the data that was scored, if it has moved; where it is
-        not found, the report has no texts. With `model`, a name, folder or loaded pair as for `score`, the ten best and
-        the ten worst records are explained token by token.
+        not found, the report has no texts. With `model`, a name, folder or loaded pair as for `score`, and `tokenizer`
+        where it was given to `score`, the ten best and the ten worst records are explained token by token.
 
         Needs `pip install 'miwv-fast[report]'`. Raises ValueError if no record has a score, the data is not what was
-        scored, or no record has the field.
+        scored, no record has the field, or the tokenizer is not the one that the records were scored with.
         """
         from miwv_fast.report import write_report
 
-        write_report(self, path, top=top, field=field, data=data, model=model)
+        write_report(self, path, top=top, field=field, data=data, model=model, tokenizer=tokenizer)
 
     def plot(self, top: str | float | int = "1%") -> np.ndarray:
         """Plots the distribution of MIWV, and one-shot against zero-shot loss, with the selection `top` marked.
@@ -320,8 +321,10 @@ def _find_source(manifest: Mapping[str, Any], data: object, run: Location | None
         spooled = run / "data.jsonl"
         if spooled.is_file():
             lines = spooled.read_bytes().splitlines() if spooled.local is None else ()
-            spool = ObjectSource([json.loads(line) for line in lines], str(spooled))
-            return open_source(spooled.local) if spooled.local else spool
+            rows = ObjectSource([json.loads(line) for line in lines], str(spooled))
+            source = FileSource([spooled.local]) if spooled.local else rows
+            source.own = True  # a malformed row may have become text in it
+            return source
     if "data_set" in described:
         try:
             return open_source(described["data_set"])

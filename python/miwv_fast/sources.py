@@ -27,6 +27,7 @@ class Source(Protocol):
     """Rows that can be read more than once, in the same order."""
 
     name: str
+    own: bool  # a run's own copy of its rows, as JSON
 
     def rows(self) -> Iterator[Row]:
         """Every row, malformed ones included, in input order; blank lines of JSONL are not rows."""
@@ -79,6 +80,7 @@ class ObjectSource:
         self._rows = rows
         self._identity = identity
         self.name = name
+        self.own = False
 
     def rows(self) -> Iterator[Row]:
         """Every object as a row; its location is its number, counted from 0."""
@@ -109,6 +111,7 @@ class FileSource:
                 raise ValueError(
                     f"{path}: cannot tell the format from its name; known are {known}, also with .gz, .xz or .zst"
                 )
+        self.own = False
         self.paths = list(paths)
         self.name = ", ".join(str(path) for path in paths)
 
