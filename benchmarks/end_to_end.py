@@ -203,7 +203,7 @@ def one_by_one(rows, embeddings, arguments, wide=False):
 
     from miwv_fast.neighbors import nearest
     from miwv_fast.progress import Progress
-    from miwv_fast.records import parse_record
+    from miwv_fast.shapes import parse_record
     from miwv_fast.templates import load_template
 
     template = load_template("plain", AutoTokenizer.from_pretrained(arguments.model))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from miwv_fast.records import Record, parse_record
+from miwv_fast.shapes import Record, parse_record
 from miwv_fast.templates import CHAT_DATE, load_template
 from miwv_fast.tokens import SegmentEncoder
 from support import byte_level, metaspace

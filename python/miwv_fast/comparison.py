@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from miwv_fast import ranker
-from miwv_fast.records import parse_record
 from miwv_fast.scores import Scores
+from miwv_fast.shapes import parse_record
 from miwv_fast.terminal import printable
 
 SHARES = ("1%", "5%", "10%")

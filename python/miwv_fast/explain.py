@@ -60,7 +60,7 @@ def explain(
     """
     # Here, because `import miwv_fast` binds this function and should not cost what it needs.
     from miwv_fast.model import CausalLM, load_model
-    from miwv_fast.records import parse_record
+    from miwv_fast.shapes import parse_record
     from miwv_fast.templates import load_template
 
     scored, demonstration = parse_record(record), parse_record(neighbor)
@@ -126,8 +126,8 @@ class Explainer:
         self._max_length = settings["max_length"]
         if self._template.encoder.fingerprint() != settings["tokenizer"]:
             message = f"the tokenizer of {self._lm.name} is not the one that the run was scored with"
-            names = ("transformers", "tokenizers")
-            if any(package_versions((name,))[name] != settings["versions"].get(name) for name in names):
+            versions = package_versions(("transformers", "tokenizers"))
+            if any(settings["versions"].get(name) != version for name, version in versions.items()):
                 _log.warning("%s, or looks otherwise in this version of transformers", message)
             else:
                 raise ValueError(f"{message}; give that by tokenizer")

@@ -144,6 +144,7 @@ def positions_at_a_time(model: Any) -> int:
 
 @contextmanager
 def hook(handle: Any) -> Iterator[None]:
+    """Within, a module has the hook of this handle; it is removed also where the call fails."""
     try:
         yield
     finally:

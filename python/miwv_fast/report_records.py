@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from miwv_fast.formats import Row
-from miwv_fast.records import MalformedRecord, parse_record
+from miwv_fast.shapes import MalformedRecord, parse_record
 
 MAX_GROUPS = 30
 # Of each text, and of all turns of a record together.

@@ -13,8 +13,8 @@ import jinja2
 import jinja2.sandbox
 
 from miwv_fast.assembly import Layout, Prompt, Response, Slot, TokenSequence, assemble, lay_out
-from miwv_fast.records import Record, Turn
 from miwv_fast.sandbox import check_length, check_source, limits
+from miwv_fast.shapes import Record, Turn
 from miwv_fast.tokens import SegmentEncoder
 
 # What `strftime_now` gives to chat templates that read the clock, so that a score does not depend on the day.

@@ -10,7 +10,7 @@ from typing import Any
 
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
-from miwv_fast.records import Record, parse_record, recognize
+from miwv_fast.shapes import Record, parse_record, recognize
 from miwv_fast.templates import compile_pair
 
 TRAINERS = ("llama-factory", "trl")

@@ -1,0 +1,217 @@
+"""The four shapes of an instruction record, recognised by their keys, and the one form that they become."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class MalformedRecord(ValueError):
+    """A row that is not an instruction record; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One instruction, the input that belongs to it (often empty), and the response to be scored."""
+
+    instruction: str
+    input: str
+    response: str
+
+    @property
+    def prompt(self) -> str:
+        """The instruction, and the input on a line of its own where there is one."""
+        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record in the one form that the rest of the package knows: a system text and one or more turns."""
+
+    index: int
+    id: str | None
+    system: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def embedded_text(self) -> str:
+        """What the neighbour search compares: instruction and input, or all user turns, joined by newlines."""
+        return "\n".join(turn.prompt for turn in self.turns)
+
+
+def parse_record(value: object, index: int = 0) -> Record:
+    """Reads one record of any of the four shapes, recognised by its keys.
+
+    Shapes: Alpaca (`instruction`, `input`, `output`), `prompt` with `completion` or `response`, OpenAI
+    `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that says what is wrong.
+
+    >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
+    (Turn(instruction='Add.', input='1 and 2', response='3'),)
+    """
+    if not isinstance(value, Mapping):
+        raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
+    record_id = _own_id(value.get("id"))
+    shape = recognize(value)
+    if shape == "messages":
+        system, turns = _read_conversation(value["messages"], "messages", "role", "content")
+    elif shape == "conversations":
+        system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
+        system = system or _text(value, "system")
+    elif shape == "output":
+        system, turns = "", (Turn(_text(value, "instruction"), _text(value, "input"), _text(value, "output")),)
+    elif shape is not None:
+        system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, shape)),)
+    else:
+        keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
+        raise MalformedRecord(
+            "its fields name no known shape; expected instruction and output, prompt and completion or response, "
+            f"messages, or conversations, found: {keys}"
+        )
+    return Record(index, record_id, system, turns)
+
+
+# By the field that holds what is scored, with the field beside it that the shape needs; the first that fits counts.
+_SHAPES = {
+    "messages": "messages",
+    "conversations": "conversations",
+    "output": "instruction",
+    "completion": "prompt",
+    "response": "prompt",
+}
+
+
+def recognize(value: Mapping[str, Any]) -> str | None:
+    """A record's shape, named by the field that holds what is scored; None if it has none of the four.
+
+    Fields without a value count where no shape has all of its own: a table of several shapes has nulls.
+
+    >>> recognize({"prompt": "Hi", "response": "Hello"}), recognize({"text": "Hi"})
+    ('response', None)
+    """
+    present = {key for key, item in value.items() if item is not None}
+    for known in (present, value.keys() - {"messages", "conversations"}):
+        for shape, beside in _SHAPES.items():
+            if shape in known and beside in known:
+                return shape
+    return None
+
+
+def _own_id(value: object) -> str | None:
+    if not isinstance(value, str | Integral):
+        return None
+    try:
+        text = str(value)
+    except ValueError as error:
+        raise MalformedRecord(f"'id' cannot be written: {error}") from None
+    _check_text("id", text)
+    return text
+
+
+def _read_conversation(messages: object, name: str, role_key: str, text_key: str) -> tuple[str, tuple[Turn, ...]]:
+    """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}")
+    try:
+        messages = list(messages)
+    except TypeError:  # an array without dimensions
+        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}") from None
+    system, turns, user = "", [], None
+    for position, message in enumerate(messages):
+        where = f"{name}[{position}]"
+        if not isinstance(message, Mapping):
+            raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")
+        said = message.get(role_key)
+        role = _ROLES.get(said) if isinstance(said, str) else None
+        if role is None:
+            raise MalformedRecord(f"{where} has {role_key} {_show(said)}; known are {', '.join(_ROLES)}")
+        text = _content(message, text_key, where)
+        if role == "system":
+            if position:
+                raise MalformedRecord(f"{where}: a system message may only come first")
+            system = text
+        elif role == "user":
+            if user is not None:
+                raise MalformedRecord(f"{where}: two user messages in a row")
+            user = text
+        else:
+            if user is None:
+                raise MalformedRecord(f"{where}: an assistant message that follows no user message")
+            turns.append(Turn(user, "", text))
+            user = None
+    if not turns:
+        if user is None:
+            raise MalformedRecord(f"{name!r} has no user message")
+        turns.append(Turn(user, "", ""))
+    return system, tuple(turns)
+
+
+def _content(message: Mapping[str, Any], key: str, where: str) -> str:
+    """A message's text; OpenAI's list of parts is joined where all parts are text."""
+    content = message.get(key)
+    if not isinstance(content, list):
+        return _text(message, key, where)
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or kind != "text":
+            raise MalformedRecord(f"{where}: only text can be scored, found a part that is {_describe(part)}")
+        parts.append(_text(part, "text", where))
+    return "".join(parts)
+
+
+def _text(value: Mapping[str, Any], key: str, where: str = "") -> str:
+    text = value.get(key)
+    name = f"{where}.{key}" if where else key
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise MalformedRecord(f"{name!r} should be text, it is {_describe(text)}")
+    _check_text(name, text)
+    return text
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Bytes that a reader could not decode stand as U+DC80 to U+DCFF.
+        escaped = "\udc80" <= text[error.start] <= "\udcff"
+        what = "bytes that are not UTF-8, or a lone surrogate" if escaped else "a lone surrogate"
+        raise MalformedRecord(f"{name!r} is not valid Unicode at character {error.start}: {what}") from None
+
+
+# A message about a value must not fail, or grow, by its size or depth.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 50, 50, 50
+
+
+def _describe(value: object) -> str:
+    return f"{type(value).__name__} {_show(value)}"
+
+
+def _show(value: object) -> str:
+    try:
+        return shorten(_printable(_SHORT.repr(value)), 60)
+    except ValueError:  # an int of more digits than Python writes
+        return "of very many digits"
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def shorten(text: str, characters: int) -> str:
+    """The text, or as much of its beginning as leaves room for three dots."""
+    return text if len(text) <= characters else text[: characters - 3] + "..."
