@@ -22,10 +22,10 @@ from support import TOKENIZERS, byte_level
 JINJA = """{% set separator = '' %}{% macro prompt(instruction, input) %}\
 <s>{{ instruction }}<|im_end|>{{ input }}
 {% endmacro %}"""
-# The generation prompt opens a thought that the history does not keep, and turns are numbered.
+# The last response stands behind a thought that the history does not keep, and turns are numbered.
 REWRITING = (
-    "{% for m in messages %}<|im_start|>{{ loop.index }} {{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ loop.index }} {{ m.role }}\n"
+    "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
 )
 
 text = st.lists(

@@ -302,8 +302,9 @@ class TestSharedPrefixes:
 
     def test_a_chat_template_that_rewrites_earlier_turns_is_run_whole(self):
         tokenizer = byte_level()
-        tokenizer.chat_template = tokenizer.chat_template.replace(
-            "assistant\n{% endif %}", "assistant\n<think>{% endif %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+            "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
         )
         model, rows = tiny_model("llama", len(tokenizer)), make_rows("alpaca", 8)
         options = {"embedder": text_embedder, "template": "chat"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,48 @@ class TestSystem:
         assert text.count("<|im_start|>system") == 1
 
 
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+CHAT_TEMPLATES = {
+    "as it is": TURN,
+    "trims": TURN.replace("m.content", "m.content | trim"),
+    "trims newlines on the left": TURN.replace("m.content", "m.content.lstrip('\\n')"),
+    "trims on the right": TURN.replace("m.content", "m.content.rstrip()"),
+    "trims responses": TURN.replace("m.content", "m.content if m.role == 'user' else m.content | trim"),
+    "a blank before each text": TURN.replace("\n", ": "),
+    # In the manner of reasoning models: the last response stands behind an empty thought, of which the history is rid.
+    "thinks": TURN.replace("\n", "\n{{ 'no thought\\n' if loop.last and m.role == 'assistant' }}"),
+    "has channels": TURN.replace("\n", "{{ ' final' if m.role == 'assistant' }}\n"),
+}
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_conversation_stands_as_the_chat_template_writes_it(template, tokenizer):
+    """The generation prompt has no part in it: here it opens a thought, in which no response stands."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        f"{{% for m in messages %}}{CHAT_TEMPLATES[template]}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    blanks = "\n \t\n"
+    texts = [f"{blanks}one", f"two{blanks}", f"{blanks}three{blanks}", f"{blanks}four{blanks}"]
+    record = chat(*texts, system=f"{blanks}five")
+    sequence = load_template("chat", own, include_eos=True).zero_shot(record)
+    turns = [{"role": "system", "content": record.system}]
+    for turn in record.turns:
+        turns += [{"role": "user", "content": turn.instruction}, {"role": "assistant", "content": turn.response}]
+    encoder = SegmentEncoder(own)
+    text = encoder.decode([*sequence.ids, sequence.targets[-1]])
+    assert text.removeprefix(encoder.decode(encoder.bos)) == own.apply_chat_template(turns, tokenize=False)
+
+
+def test_blank_before_a_response_is_tokenized_with_it():
+    own = byte_level()
+    own.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    sequence = load_template("chat", own).zero_shot(chat("red", "red"))
+    assert sequence.targets.tolist() == own.encode(" red")
+    assert sequence.ids.tolist() == own.encode("user: redassistant:") + own.encode(" red")
+
+
 def test_templates_that_read_the_clock_get_a_fixed_date():
     own = byte_level()
     own.chat_template = "<|im_start|>{{ strftime_now('%d %b %Y') }}\n" + own.chat_template
@@ -200,14 +243,13 @@ def test_templates_that_read_the_clock_get_a_fixed_date():
 
 
 def test_template_that_rewrites_earlier_turns_breaks_the_prefix_and_nothing_else():
-    """In the manner of reasoning models: the generation prompt opens a thought that the history does not keep."""
     own = byte_level()
-    own.chat_template = own.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    own.chat_template = f"{{% for m in messages %}}{CHAT_TEMPLATES['thinks']}{{% endfor %}}"
     template = load_template("chat", own)
     demonstration, record = alpaca("i", "", "o"), alpaca("j", "", "p")
     alone, both = template.zero_shot(demonstration).ids, template.one_shot(demonstration, record).ids
     assert alone.tolist() != both[: len(alone)].tolist()
-    assert SegmentEncoder(own).decode(both).count("<think>") == 1
+    assert SegmentEncoder(own).decode(both).count("no thought") == 1
 
 
 class TestRoom:

@@ -250,7 +250,9 @@ class PairTemplate:
 class ChatTemplate:
     """The tokenizer's own chat template; demonstration and record are turns of one conversation.
 
-    The whole conversation is rendered once, ending in the generation prompt, and the last response follows.
+    What stands before a response is what the template writes there in a conversation that holds it, as in training:
+    not the generation prompt, which may open a thought or leave the channel to the model. Blanks that the template
+    takes off a message are taken off; one that it writes right before a response is tokenized with it.
     """
 
     name = "chat"
@@ -263,8 +265,8 @@ class ChatTemplate:
         check_source("the chat template", self.source)
         self._template = (_FIXED_CLOCK if "strftime_now" in self.source else "") + self.source
         self._render = lru_cache(self._render_uncached)
-        self._system_first = self._allows("system", "user")
-        self._system_later = self._allows("user", "assistant", "system", "user")
+        self._system_first = self._allows("system", "user", "assistant")
+        self._system_later = self._allows("user", "assistant", "system", "user", "assistant")
         self.end_of_turn = self._find_end_of_turn() if include_eos else None
 
     def zero_shot(self, record: Record) -> TokenSequence:
@@ -302,37 +304,45 @@ class ChatTemplate:
         return messages
 
     def _lay_out(self, messages: list[tuple[str, str]], scored_turns: int) -> Layout:
-        texts = [text for _, text in messages]
-        responses = [place for place, (role, _) in enumerate(messages) if role == "assistant"]
-        scored = set(responses[-scored_turns:])
+        roles = tuple(role for role, _ in messages)
+        unscored = roles.count("assistant") - scored_turns
         segments: list[Prompt | Response] = []
-        prompt: list[str | int] = []
-        for part in [*self._render(tuple(role for role, _ in messages[:-1])), len(messages) - 1]:
-            if part in responses:
-                segments += [_fill(prompt, texts), Response(texts[part], part in scored)]
-                prompt = []
-            else:
-                prompt.append(part)
+        prompt: list[str | Slot] = []
+        for (role, text), (before, left, right) in zip(messages, self._render(roles), strict=True):
+            text = text.lstrip(left).rstrip(right)
+            if role != "assistant":
+                prompt += [before, Slot(text)]
+                continue
+            written = before.rstrip(" ") if text else before
+            segments.append(Prompt((*prompt, written)))
+            segments.append(Response(before[len(written) :] + text, scored=len(segments) > 2 * unscored))
+            prompt = []
         return lay_out(segments, self.encoder)
 
-    def _render_uncached(self, roles: tuple[str, ...]) -> list[str | int]:
-        rendered = _split_slots(self._apply(roles, add_generation_prompt=True))
-        if [part for part in rendered if isinstance(part, int)] != list(range(len(roles))):
-            raise ValueError(f"the chat template does not write each of the messages {', '.join(roles)} once, in order")
-        return rendered
+    def _render_uncached(self, roles: tuple[str, ...]) -> list[tuple[str, str | None, str | None]]:
+        """Of each message the text before it, and what the template takes off its left and right, as `str.strip` does.
 
-    def _apply(self, roles: tuple[str, ...], add_generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": _slot(place)} for place, role in enumerate(roles)]
+        None stands for all blanks.
+        """
+        plain = self._around(roles)
+        left = {blank: self._around(roles, left=blank) for blank in "\n "}
+        right = {blank: self._around(roles, right=blank) for blank in "\n "}
+
+        def taken(padded: dict[str, list[str]], place: int) -> str | None:
+            blanks = "".join(blank for blank, around in padded.items() if around[place] == plain[place])
+            return None if blanks == "\n " else blanks
+
+        return [(plain[place], taken(left, place), taken(right, place + 1)) for place in range(len(roles))]
+
+    def _around(self, roles: tuple[str, ...], left: str = "", right: str = "") -> list[str]:
+        """The template's text before the first of these messages, between them, and behind the last."""
+        messages = [{"role": role, "content": left + _slot(place) + right} for place, role in enumerate(roles)]
         with limits(f"the chat template cannot render the messages {', '.join(roles)}"):
-            text = str(
-                self.encoder.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    chat_template=self._template,
-                )
-            )
-        return check_length("the chat template", text)
+            text = self.encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._template)
+        parts = _SLOT.split(check_length("the chat template", str(text)))
+        if parts[1::2] != [str(place) for place in range(len(roles))]:
+            raise ValueError(f"the chat template does not write each of the messages {', '.join(roles)} once, in order")
+        return parts[::2]
 
     def _allows(self, *roles: str) -> bool:
         try:
@@ -343,8 +353,8 @@ class ChatTemplate:
 
     def _find_end_of_turn(self) -> int:
         """The first control token that the template writes behind a response, otherwise the tokenizer's EOS."""
-        *_, tail = "", *_split_slots(self._apply(("user", "assistant"), add_generation_prompt=False))
-        pieces = self.encoder.split_controls(tail) if isinstance(tail, str) else []
+        tail = self._around(("user", "assistant"))[-1]
+        pieces = self.encoder.split_controls(tail)
         end = next((piece for piece in pieces if isinstance(piece, int)), self.encoder.tokenizer.eos_token_id)
         if end is None:
             raise ValueError("include_eos=True, but neither the chat template nor the tokenizer ends a turn")
