@@ -57,6 +57,14 @@ def test_conversation():
     assert (record.id, record.system, record.embedded_text) == ("12", "Be kind.", "a\nc")
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("a", "a"), (7, "7"), (np.int64(7), "7"), (7.0, "7"), (np.float64(7), "7"), (7.5, None), (float("nan"), None)],
+)
+def test_own_id(given, kept):
+    assert parse_record({"id": given, "instruction": "a", "output": "b"}).id == kept
+
+
 def test_text_is_never_stripped():
     record = parse_record({"instruction": " a\n", "input": "\t", "output": " b "})
     assert record.turns == (Turn(" a\n", "\t", " b "),)

@@ -275,6 +275,15 @@ class TestUnusable:
         with pytest.raises(error, match=message):
             miwv_fast.score(self.ROWS, llama, **{"embedder": text_embedder, **options})
 
+    def test_numbers_of_numpy_are_numbers(self, llama, tmp_path):
+        options = {"embedder": text_embedder, "output": tmp_path / "run"}
+        numbers = {"neighbors": np.int64(1), "max_length": np.int32(200), "batch_tokens": np.int64(64)}
+        rows = make_rows("alpaca", 4)
+        scored = miwv_fast.score(rows, llama, **numbers, **options)
+        again = miwv_fast.score(rows, llama, neighbors=1, max_length=200, batch_tokens=64, **options)
+        assert scored.table.equals(again.table)
+        assert again.stats["resumed_tokens"] > 0
+
     def test_output_is_a_file(self, llama, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file"):

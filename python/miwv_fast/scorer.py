@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import operator
 import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -111,7 +112,10 @@ def score(
     Source: Jiang et al., AAAI 2026, arXiv 2511.07074.
     """
     # What can be checked without the model is checked before it is loaded.
-    _check_arguments(neighbors, max_length, batch_tokens)
+    neighbors = _whole("neighbors", neighbors, 1)
+    max_length = None if max_length is None else _whole("max_length", max_length, 2)
+    budget = None if batch_tokens == "auto" else _whole("batch_tokens", batch_tokens, 1)
+    workers = None if workers is None else _whole("workers", workers, 1)
     _check_engine(engine, model, device, ray_address, workers, gpus_per_worker)
     bars = Progress(progress)
     if output is not None and Location(output).is_file():
@@ -122,7 +126,6 @@ def score(
     if output is None or not (Location(output) / "neighbors.parquet").exists():
         check_embedder(embedder)
     records = read_records(source)
-    budget = None if batch_tokens == "auto" else batch_tokens
     if isinstance(model, tuple) or engine == "local":
         opened: Engine = LocalEngine(model, tokenizer, device, dtype, budget)
     else:
@@ -272,15 +275,13 @@ def _describe_embedder(embedder: Embedder) -> str:
     )
 
 
-def _check_arguments(neighbors: int, max_length: int | None, batch_tokens: int | Literal["auto"]) -> None:
-    counts = (("neighbors", neighbors, 1), ("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1))
-    for name, value, least in counts:
-        if value is None or value == "auto":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} should be a whole number, it is {value!r}")
-        if value < least:
-            raise ValueError(f"{name} should be at least {least}, it is {value}")
+def _whole(name: str, value: SupportsIndex, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} should be a whole number, it is {value!r}")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} should be at least {least}, it is {number}")
+    return number
 
 
 def _check_engine(
@@ -304,8 +305,6 @@ def _check_engine(
         raise TypeError("engine='ray' loads the model on every worker: give its name or folder, not a loaded pair")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"engine='ray' gives each worker its own GPUs: use auto, cpu or cuda, not {device}")
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise ValueError(f"workers should be a whole number of at least 1, it is {workers!r}")
     if gpus_per_worker is not None and not (
         gpus_per_worker >= 0 and (gpus_per_worker < 1 or float(gpus_per_worker).is_integer())
     ):

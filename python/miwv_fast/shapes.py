@@ -109,6 +109,9 @@ def recognize(value: Mapping[str, Any]) -> str | None:
 
 
 def _own_id(value: object) -> str | None:
+    # In a column with gaps whole numbers are floats.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, str | Integral):
         return None
     try:
