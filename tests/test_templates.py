@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from miwv_fast.shapes import Record, parse_record
 from miwv_fast.templates import CHAT_DATE, load_template
@@ -250,6 +252,15 @@ def test_template_that_rewrites_earlier_turns_breaks_the_prefix_and_nothing_else
     alone, both = template.zero_shot(demonstration).ids, template.one_shot(demonstration, record).ids
     assert alone.tolist() != both[: len(alone)].tolist()
     assert SegmentEncoder(own).decode(both).count("no thought") == 1
+
+
+def test_unknown_characters_are_the_unknown_token_and_its_spelling_is_text():
+    """In the manner of XGLM: a vocabulary of characters, without bytes for the rest."""
+    alphabet = ["<unk>", *string.printable]
+    backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(alphabet)}, [], unk_token="<unk>"))
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    sequence = load_template("plain", own).zero_shot(alpaca("Say", "", "a\u65e5b<unk>"))
+    assert [alphabet[token] for token in sequence.targets] == ["a", "<unk>", "b", *"<unk>"]
 
 
 class TestRoom:

@@ -28,7 +28,8 @@ class SegmentEncoder:
     """Encodes the segments of a sequence one by one, so that boundaries between them are token boundaries.
 
     `bos` is what the tokenizer puts before every text. `text` and `texts` are for data: spellings of control tokens
-    become ordinary tokens. `split_controls` is for templates: it finds the control tokens that a template writes.
+    become ordinary tokens, and characters that the vocabulary does not know its unknown token. `split_controls` is for
+    templates: it finds the control tokens that a template writes.
     `keeps_text`: a text has the same tokens wherever it stands.
     """
 
@@ -40,6 +41,9 @@ class SegmentEncoder:
             if token.special or token.content.strip(_BLANKS)
         }
         self._control_ids = frozenset(number for number, _ in self._controls.values())
+        # What stands for characters that a vocabulary without bytes does not know, unless it has another meaning, too.
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._unknown = frozenset({tokenizer.unk_token_id} - ends)
         spellings = sorted(self._controls, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
         # Blanks that a control token swallows by its own definition are swallowed in templates only.
@@ -81,7 +85,7 @@ class SegmentEncoder:
             ids = []
             for begin, end in pairwise(cuts):
                 ids += self._segment(text[begin:end], first and begin == 0)
-            if not self._control_ids.isdisjoint(ids):
+            if not (self._control_ids - self._unknown).isdisjoint(ids):
                 raise ValueError(f"the tokenizer turns text into control tokens: {text[:60]!r}")
         return ids
 
