@@ -83,9 +83,9 @@ class Lengths:
         both = np.concatenate([before, self._own(number)])
         return self._sequence(both, len(before) + int(self.prompt[number]))
 
-    def prefix(self, record: int, scored: bool) -> Any:
+    def prefix(self, root: int, scored: bool) -> Any:
         """The record alone, as others continue it."""
-        sequence = self.zero_shot(record)
+        sequence = self.zero_shot(root)
         return sequence.prefix(len(sequence.rows) if scored else 0)
 
     def parent(self, number: int) -> int:

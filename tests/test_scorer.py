@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 import miwv_fast
+from miwv_fast.shapes import parse_record
+from miwv_fast.templates import load_template
+from miwv_fast.tokens import SegmentEncoder
 from support import byte_level, metaspace, text_embedder, tiny_model, words
 
 SEPARATOR = "\n\n"
@@ -309,18 +313,43 @@ class TestSharedPrefixes:
         )
         assert shared.stats["forwarded_tokens"] < 0.75 * plain.stats["forwarded_tokens"]
 
-    def test_a_chat_template_that_rewrites_earlier_turns_is_run_whole(self):
+    @pytest.mark.parametrize("neighbors", [1, 3])
+    @pytest.mark.parametrize("shape", ["alpaca", "messages"])
+    def test_behind_a_demonstration_that_a_chat_template_rewrites(self, shape, neighbors):
+        """Its own sequence is of no use to others, but what they have in common is run once."""
+        tokenizer = self.rewriting()
+        model, rows = tiny_model("llama", len(tokenizer)), make_rows(shape, 12)
+        options = {"embedder": text_embedder, "template": "chat", "neighbors": neighbors}
+        shared = miwv_fast.score(rows, (model, tokenizer), **options)
+        plain = miwv_fast.score(rows, (model, tokenizer), share_prefix=False, **options)
+        for name in ("nll_zero_shot", "nll_one_shot"):
+            np.testing.assert_allclose(shared.table[name], plain.table[name], atol=2e-5)
+        assert shared.stats["forwarded_tokens"] < (0.95, 0.85)[neighbors > 1] * plain.stats["forwarded_tokens"]
+
+    def test_what_one_demonstrations_passes_begin_with_is_run_once(self):
+        tokenizer = self.rewriting()
+        model, rows = tiny_model("llama", len(tokenizer)), make_rows("alpaca", 5)
+        embeddings = np.concatenate([np.ones((1, 4)), np.eye(4)])  # the first is the nearest of all others
+        options = {"embedder": embeddings, "template": "chat"}
+        shared = miwv_fast.score(rows, (model, tokenizer), **options)
+        plain = miwv_fast.score(rows, (model, tokenizer), share_prefix=False, **options)
+        assert shared.table["neighbor"].to_pylist() == [1, 0, 0, 0, 0]
+        template = load_template("chat", tokenizer)
+        first, *others = map(parse_record, rows)
+        passes = [template.one_shot(first, other) for other in others]
+        columns = zip(*(each.ids[: each.rows[0]].tolist() for each in passes), strict=False)
+        common = [tokens[0] for tokens in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
+        assert SegmentEncoder(tokenizer).decode(common).count(first.turns[0].response) == 1
+        saved = 3 * len(common)
+        assert shared.stats["forwarded_tokens"] == plain.stats["forwarded_tokens"] - saved
+
+    def rewriting(self):
         tokenizer = byte_level()
         tokenizer.chat_template = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n"
             "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
         )
-        model, rows = tiny_model("llama", len(tokenizer)), make_rows("alpaca", 8)
-        options = {"embedder": text_embedder, "template": "chat"}
-        shared = miwv_fast.score(rows, (model, tokenizer), **options)
-        plain = miwv_fast.score(rows, (model, tokenizer), share_prefix=False, **options)
-        assert shared.stats["forwarded_tokens"] == plain.stats["forwarded_tokens"]
-        assert shared.table.equals(plain.table)
+        return tokenizer
 
     def test_a_record_that_has_no_score_still_demonstrates(self, llama):
         """Its own demonstration leaves it no room, yet others continue it: it is run, and not scored."""

@@ -36,6 +36,11 @@ class TokenSequence:
         """All tokens, as others continue them, with the first `scored` targets; none of them may be scored."""
         return TokenSequence(self.ids, self.rows[:scored], self.targets[:scored])
 
+    def front(self, length: int) -> TokenSequence:
+        """The first `length` tokens, none of which is read for a target."""
+        nothing = np.empty(0, np.int32)
+        return TokenSequence(self.ids[:length], nothing, nothing)
+
     def behind(self, length: int) -> TokenSequence:
         """What follows the first `length` tokens, none of which is read for a target."""
         return TokenSequence(self.ids[length:], self.rows - length, self.targets)

@@ -1,7 +1,8 @@
 """The plan: which sequences run behind a shared prefix, and which run together.
 
 A record's zero-shot sequence is the prefix of every one-shot sequence that demonstrates with it, so the records form
-trees: the root is run once, with its keys and values kept, and each child only as the continuation behind it.
+trees: the root is run once, with its keys and values kept, and each child only as the continuation behind it. Where it
+is not, what all these one-shot sequences begin with is a root of its own, which is not scored.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ PREFIXES = 8
 class Unit:
     """Work that depends on no other unit: four kinds of forward pass, int64.
 
-    `roots` are records run alone whose keys and values are kept; `scored`, bool, says for which of them this unit gives
-    the zero-shot loss. `children` are one-shot passes run behind their parents, all of which are among `roots`.
+    `roots` are run alone, and their keys and values are kept; `scored`, bool, says for which of them, as records, this
+    unit gives the zero-shot loss. `children` are one-shot passes run behind their parents, all of which are among
+    `roots`.
     `zero_shot` (records) and `one_shot` (passes) are run whole.
     """
 
@@ -56,10 +58,11 @@ def plan_units(
 ) -> list[Unit]:
     """Trees and single sequences, packed into units.
 
-    `zero` int [N] and `one` int [P] are the lengths of the zero-shot and one-shot passes, 0 where there is none;
-    `prefix` int [N] is a record's length as a demonstration; `parent` int64 [P] the record behind which a one-shot pass
-    runs, -1 where it runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and forwards about
-    `unit_tokens`; a root with more children than that is run again in the next unit, where it is not scored.
+    `zero` int [R] and `one` int [P] are the lengths of the zero-shot and one-shot passes, 0 where there is none (as for
+    a root that is no record); `prefix` int [R] is the length of a root; `parent` int64 [P] the root behind which a
+    one-shot pass runs, -1 where it runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and
+    forwards about `unit_tokens`; a root with more children than that is run again in the next unit, where it is not
+    scored.
     """
     units = list(_plan_trees(zero, one, prefix, parent, cache_tokens, unit_tokens))
     is_root = np.zeros(len(zero), bool)

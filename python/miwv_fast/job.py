@@ -28,6 +28,8 @@ from miwv_fast.templates import Template
 
 # More make a unit cheaper by a percent (less padding), and longer to wait for, to lose and to share among workers.
 UNIT_BATCHES = 16
+# Of fewer tokens in common, running them again costs no more than looking them up.
+_LEAST_SHARED = 16
 _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncated", "malformed"))
 
 
@@ -35,7 +37,8 @@ _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncate
 class Job:
     """What is known of each record so far; N input records, k demonstrations for each.
 
-    One-shot passes are numbered `record * k + rank`.
+    One-shot passes are numbered `record * k + rank`. Roots, behind which they run, are records; root N + d is
+    what all passes with demonstration d begin with, where that is not record d as it stands alone.
     """
 
     records: Records
@@ -48,7 +51,9 @@ class Job:
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
     one_length: np.ndarray  # int32 [N, k], 0 where the demonstration leaves no room
     prefix_length: np.ndarray  # int32 [N], positions of the whole record, as a demonstration
-    parents: np.ndarray  # int64 [N, k], the record behind whose kept keys and values the pass runs, or -1
+    parents: np.ndarray  # int64 [N, k], the root behind whose kept keys and values the pass runs, or -1
+    front_length: np.ndarray  # int32 [N], positions of root N + d, 0 where there is none
+    front_pass: np.ndarray  # int64 [N], a one-shot pass that begins with it
     nll_zero: np.ndarray  # float32 [N]
     nll_one: np.ndarray  # float32 [N, k]
     neighbors: Neighbors
@@ -72,6 +77,8 @@ class Job:
             one_length=np.zeros((n, k), np.int32),
             prefix_length=np.zeros(n, np.int32),
             parents=np.full((n, k), -1, np.int64),
+            front_length=np.zeros(n, np.int32),
+            front_pass=np.zeros(n, np.int64),
             nll_zero=np.full(n, np.nan, np.float32),
             nll_one=np.full((n, k), np.nan, np.float32),
             neighbors=Neighbors.none(n, k),
@@ -119,7 +126,8 @@ class Job:
         """Lengths of all passes; a demonstration may cost a response its tail or all of its room.
 
         Where a one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run behind
-        it: up to `shared_length` positions.
+        it: up to `shared_length` positions. Otherwise it can run behind what it and others with this demonstration
+        begin with.
         """
         corpus, k = self._corpus, self.parents.shape[1]
         left = self.pending()
@@ -148,6 +156,24 @@ class Job:
             shared = (length > 0) & tail.behind & (first > 0) & (length <= shared_length)
             self.one_length[:, rank] = length
             self.parents[shared, rank] = self.neighbors.index[shared, rank]
+        whole = (self.one_length > 0) & (self.one_length <= shared_length) & (self.parents < 0)
+        self._share_fronts(np.flatnonzero(whole))
+
+    def _share_fronts(self, passes: np.ndarray) -> None:
+        """Passes with the same demonstration run behind the tokens that all of them begin with."""
+        demonstration = self.neighbors.index.ravel()[passes]
+        order = np.argsort(demonstration, kind="stable")
+        groups = np.split(passes[order], np.flatnonzero(np.diff(demonstration[order])) + 1)
+        for group in (group for group in groups if len(group) > 1):
+            first, *others = (self.one_shot(number) for number in group.tolist())
+            length = int(first.rows[0])  # what is read for a target stays behind
+            for other in others:
+                length = min(length, int(other.rows[0]))
+                length = int(np.argmin(np.append(first.ids[:length] == other.ids[:length], False)))
+            if length >= _LEAST_SHARED:
+                front = self.neighbors.index.flat[group[0]]
+                self.front_length[front], self.front_pass[front] = length, group[0]
+                self.parents.flat[group] = len(self.records) + front
 
     def _tokenize_behind(self, bars: Progress) -> None:
         """Every record behind each of its demonstrations, where the template looks at both."""
@@ -183,18 +209,19 @@ class Job:
         Raises Interrupted behind the unit during which `stopping` became true.
         """
         left = self.pending()
-        zero = np.where(left, self.zero_length, 0)
+        zero = np.append(np.where(left, self.zero_length, 0), np.zeros_like(self.front_length))
+        prefix = np.append(self.prefix_length, self.front_length)
         one = np.where(left[:, None], self.one_length, 0).ravel()
         parents = self.parents.ravel()
         units = plan_units(
             zero,
             one,
-            self.prefix_length,
+            prefix,
             parents,
             cache_tokens=engine.facts.cache_tokens,
             unit_tokens=UNIT_BATCHES * engine.facts.batch_tokens,
         )
-        planned = sum(forwarded_tokens(unit, zero, one, self.prefix_length, parents) for unit in units)
+        planned = sum(forwarded_tokens(unit, zero, one, prefix, parents) for unit in units)
         finished = dict(run.parts(units)) if run is not None else {}
         if run is not None:
             run.save_plan(len(units), planned)
@@ -240,12 +267,15 @@ class Job:
         whole = self._corpus.one_shot(record, rank, int(self.neighbors.index[record, rank]))
         return whole.cut(int(self.scored_tokens[record]))
 
-    def prefix(self, record: int, scored: bool) -> TokenSequence:
-        """All of the record, as others continue it, with its own targets where it is scored."""
-        return self._corpus.zero_shot(record).prefix(int(self.scored_tokens[record]) if scored else 0)
+    def prefix(self, root: int, scored: bool) -> TokenSequence:
+        """All of a root, as others continue it, with its own targets where it is scored."""
+        if root >= len(self.records):
+            front = root - len(self.records)
+            return self.one_shot(int(self.front_pass[front])).front(int(self.front_length[front]))
+        return self._corpus.zero_shot(root).prefix(int(self.scored_tokens[root]) if scored else 0)
 
     def parent(self, number: int) -> int:
-        """The record that a one-shot pass continues."""
+        """The root that a one-shot pass continues."""
         return int(self.parents.flat[number])
 
     def table(self) -> pa.Table:

@@ -108,12 +108,12 @@ class PackedUnit:
         behind, root = self._children[number], self._roots[self._parent[number]].ids
         return TokenSequence(np.concatenate([root, behind.ids]), behind.rows + len(root), behind.targets)
 
-    def prefix(self, record: int, scored: bool) -> TokenSequence:
-        """All of the record, as others continue it, with its own targets where it is scored."""
-        return self._roots[record]
+    def prefix(self, root: int, scored: bool) -> TokenSequence:
+        """All of a root, as others continue it, with its own targets where it is scored."""
+        return self._roots[root]
 
     def parent(self, number: int) -> int:
-        """The record that a one-shot pass continues."""
+        """The root that a one-shot pass continues."""
         return int(self._parent[number])
 
 

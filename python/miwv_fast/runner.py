@@ -31,12 +31,12 @@ class Sequences(Protocol):
         """A record behind a demonstration, cut to what is scored."""
         ...
 
-    def prefix(self, record: int, scored: bool) -> TokenSequence:
-        """All of the record, as others continue it, with its own targets where it is scored."""
+    def prefix(self, root: int, scored: bool) -> TokenSequence:
+        """All of a root, as others continue it, with its own targets where it is scored."""
         ...
 
     def parent(self, number: int) -> int:
-        """The record that a one-shot pass continues."""
+        """The root that a one-shot pass continues."""
         ...
 
 
