@@ -86,7 +86,8 @@ def score(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
         share_prefix: Whether to run one-shot passes behind the kept keys and values of their demonstrations: the same
-            scores to rounding for two thirds of the tokens. Where model or template do not allow it, it is not done.
+            scores to rounding for two thirds of the tokens. Where the model does not allow it, it is not done; where a
+            chat template rewrites earlier turns, less is saved.
         output: A folder for the run, or the URL of one in a store that fsspec knows (s3://, gs://): `scores.parquet`,
             `manifest.json`, `rejected.jsonl`, and what it takes to go on after an interruption. Without it nothing is
             written.
