@@ -31,11 +31,8 @@ def load(file: Path) -> ChatTemplate:
 
 
 def conversation(*texts: str, system: str = "") -> list[dict[str, str]]:
-    roles = ["system"] * bool(system) + ["user", "assistant"] * len(texts)
-    return [
-        {"role": role, "content": text}
-        for role, text in zip(roles, [system] * bool(system) + list(texts), strict=False)
-    ]
+    said = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] * bool(system) + said
 
 
 @pytest.mark.skipif(not FILES, reason="TRL is not installed")

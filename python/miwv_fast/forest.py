@@ -30,8 +30,7 @@ class Unit:
 
     `roots` are run alone, and their keys and values are kept; `scored`, bool, says for which of them, as records, this
     unit gives the zero-shot loss. `children` are one-shot passes run behind their parents, all of which are among
-    `roots`.
-    `zero_shot` (records) and `one_shot` (passes) are run whole.
+    `roots`. `zero_shot` (records) and `one_shot` (passes) are run whole.
     """
 
     roots: np.ndarray

@@ -28,7 +28,7 @@ from miwv_fast.templates import Template
 
 # More make a unit cheaper by a percent (less padding), and longer to wait for, to lose and to share among workers.
 UNIT_BATCHES = 16
-# Of fewer tokens in common, running them again costs no more than looking them up.
+# Fewer tokens in common are not worth a root of their own.
 _LEAST_SHARED = 16
 _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncated", "malformed"))
 
@@ -37,8 +37,8 @@ _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncate
 class Job:
     """What is known of each record so far; N input records, k demonstrations for each.
 
-    One-shot passes are numbered `record * k + rank`. Roots, behind which they run, are records; root N + d is
-    what all passes with demonstration d begin with, where that is not record d as it stands alone.
+    One-shot passes are numbered `record * k + rank`. Roots, behind which they run, are records; root N + d is what
+    all passes with demonstration d begin with, where that is not record d as it stands alone.
     """
 
     records: Records
