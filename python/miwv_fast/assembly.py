@@ -38,8 +38,7 @@ class TokenSequence:
 
     def front(self, length: int) -> TokenSequence:
         """The first `length` tokens, none of which is read for a target."""
-        nothing = np.empty(0, np.int32)
-        return TokenSequence(self.ids[:length], nothing, nothing)
+        return TokenSequence(self.ids[:length], self.rows[:0], self.targets[:0])
 
     def behind(self, length: int) -> TokenSequence:
         """What follows the first `length` tokens, none of which is read for a target."""

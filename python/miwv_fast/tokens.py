@@ -29,8 +29,8 @@ class SegmentEncoder:
 
     `bos` is what the tokenizer puts before every text. `text` and `texts` are for data: spellings of control tokens
     become ordinary tokens, and characters that the vocabulary does not know its unknown token. `split_controls` is for
-    templates: it finds the control tokens that a template writes.
-    `keeps_text`: a text has the same tokens wherever it stands.
+    templates: it finds the control tokens that a template writes. `keeps_text`: a text has the same tokens wherever it
+    stands.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,9 +41,9 @@ class SegmentEncoder:
             if token.special or token.content.strip(_BLANKS)
         }
         self._control_ids = frozenset(number for number, _ in self._controls.values())
-        # What stands for characters that a vocabulary without bytes does not know, unless it has another meaning, too.
-        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self._unknown = frozenset({tokenizer.unk_token_id} - ends)
+        # A vocabulary without bytes has a token for characters that it does not know, which may mean an end as well.
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._refused = self._control_ids - unknown
         spellings = sorted(self._controls, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
         # Blanks that a control token swallows by its own definition are swallowed in templates only.
@@ -85,7 +85,7 @@ class SegmentEncoder:
             ids = []
             for begin, end in pairwise(cuts):
                 ids += self._segment(text[begin:end], first and begin == 0)
-            if not (self._control_ids - self._unknown).isdisjoint(ids):
+            if not self._refused.isdisjoint(ids):
                 raise ValueError(f"the tokenizer turns text into control tokens: {text[:60]!r}")
         return ids
 
