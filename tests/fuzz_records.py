@@ -46,7 +46,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEMPLATES = ("alpaca", "plain", "chat")
 KEYS = (
     *("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations", "system"),
-    *("id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
+    *("context", "id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
 )
 TEXTS = (
     *("", " ", "\n", "a", "\0", "\ud800", "\u2028", "\ufeff", "\ufdd00\ufdd1", "😀", "e\u0301", "x" * 300, "0"),

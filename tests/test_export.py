@@ -123,6 +123,20 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
         llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
 
 
+def test_the_field_of_an_input_is_looked_for_in_the_records():
+    rows = [{"instruction": "a", "context": text, "response": "b"} for text in ("", "c")]
+    assert llama_factory_entry("s.jsonl", rows)["columns"] == {
+        "prompt": "instruction",
+        "query": "context",
+        "response": "response",
+    }
+    assert "query" not in llama_factory_entry("s.jsonl", rows[:1])["columns"]
+    with pytest.raises(ValueError, match=r"2 fields of an input \(context, input\)"):
+        llama_factory_entry("s.jsonl", [*rows, {**rows[0], "input": "d"}])
+    with pytest.raises(ValueError, match=r"2 shapes \(instruction and output, instruction and response\)"):
+        llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+
+
 def test_dataset_info_keeps_what_it_holds(tmp_path):
     info = tmp_path / "dataset_info.json"
     add_to_dataset_info(tmp_path / "one.jsonl", {"file_name": "one.jsonl"})

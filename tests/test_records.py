@@ -29,6 +29,8 @@ def messages(*pairs, role="role", text="content"):
         {"instruction": "Add", "output": "3"},
         {"prompt": "Add", "completion": "3"},
         {"prompt": "Add", "response": "3"},
+        {"instruction": "Add", "context": "", "response": "3", "category": "open_qa"},
+        {"prompt": "Add", "response": "3", "instruction": "Subtract"},
         {"messages": messages(("user", "Add"), ("assistant", "3"))},
         {"messages": messages(("user", "Add"), ("assistant", "3"), ("user", "and then?"))},
         {
@@ -46,8 +48,18 @@ def test_one_turn_in_every_shape(row):
     assert (record.index, record.id, record.system, record.embedded_text) == (7, None, "", "Add")
 
 
-def test_input_is_part_of_the_embedded_text():
-    assert parse_record({"instruction": "Add", "input": "1 2", "output": "3"}).embedded_text == "Add\n1 2"
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"input": "1 2", "output": "3"},
+        {"context": "1 2", "response": "3"},
+        {"input": "1 2", "response": "3"},
+        {"input": "1 2", "context": None, "response": "3"},
+        {"input": "1", "context": "2", "response": "3"},
+    ],
+)
+def test_input_is_part_of_the_embedded_text(rest):
+    assert parse_record({"instruction": "Add", **rest}).embedded_text.split() == ["Add", "1", "2"]
 
 
 def test_conversation():
@@ -102,7 +114,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
     max_leaves=8,
 )
-keys = st.sampled_from(["instruction", "input", "output", "prompt", "completion", "messages", "conversations", "id"])
+keys = st.sampled_from(
+    ["instruction", "input", "context", "output", "prompt", "completion", "response", "messages", "conversations", "id"]
+)
 
 
 @given(st.dictionaries(keys, json_values))

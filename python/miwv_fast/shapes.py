@@ -54,8 +54,9 @@ class Record:
 def parse_record(value: object, index: int = 0) -> Record:
     """Reads one record of any of the four shapes, recognised by its keys.
 
-    Shapes: Alpaca (`instruction`, `input`, `output`), `prompt` with `completion` or `response`, OpenAI
-    `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that says what is wrong.
+    Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), `prompt` with
+    `completion` or `response`, OpenAI `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that
+    says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -64,48 +65,61 @@ def parse_record(value: object, index: int = 0) -> Record:
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
     record_id = _own_id(value.get("id"))
     shape = recognize(value)
+    if isinstance(shape, Pair):
+        input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
+        turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
+        return Record(index, record_id, "", (turn,))
     if shape == "messages":
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
-    elif shape == "conversations":
+    else:
         system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
         system = system or _text(value, "system")
-    elif shape == "output":
-        system, turns = "", (Turn(_text(value, "instruction"), _text(value, "input"), _text(value, "output")),)
-    elif shape is not None:
-        system, turns = "", (Turn(_text(value, "prompt"), "", _text(value, shape)),)
-    else:
-        keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
-        raise MalformedRecord(
-            "its fields name no known shape; expected instruction and output, prompt and completion or response, "
-            f"messages, or conversations, found: {keys}"
-        )
     return Record(index, record_id, system, turns)
 
 
-# By the field that holds what is scored, with the field beside it that the shape needs; the first that fits counts.
-_SHAPES = {
-    "messages": "messages",
-    "conversations": "conversations",
-    "output": "instruction",
-    "completion": "prompt",
-    "response": "prompt",
-}
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The fields of a single instruction and response; those of the input, if any, need not be there."""
+
+    instruction: str
+    inputs: tuple[str, ...]
+    response: str
+
+    def __str__(self) -> str:
+        return f"{self.instruction} and {self.response}"
 
 
-def recognize(value: Mapping[str, Any]) -> str | None:
-    """A record's shape, named by the field that holds what is scored; None if it has none of the four.
+# The first of which a record has instruction and response counts.
+_PAIRS = (
+    Pair("instruction", ("input",), "output"),
+    Pair("prompt", (), "completion"),
+    Pair("prompt", (), "response"),
+    Pair("instruction", ("input", "context"), "response"),
+)
 
+
+def recognize(value: Mapping[str, Any]) -> Pair | str:
+    """A record's shape: a pair, or the field of a conversation, `messages` or `conversations`.
+
+    Raises MalformedRecord if it has none of the four.
     Fields without a value count where no shape has all of its own: a table of several shapes has nulls.
 
-    >>> recognize({"prompt": "Hi", "response": "Hello"}), recognize({"text": "Hi"})
-    ('response', None)
+    >>> recognize({"prompt": "Hi", "response": "Hello"})
+    Pair(instruction='prompt', inputs=(), response='response')
     """
     present = {key for key, item in value.items() if item is not None}
-    for known in (present, value.keys() - {"messages", "conversations"}):
-        for shape, beside in _SHAPES.items():
-            if shape in known and beside in known:
-                return shape
-    return None
+    for name in ("messages", "conversations"):
+        if name in present:
+            return name
+    for known in (present, value.keys()):
+        for pair in _PAIRS:
+            if pair.instruction in known and pair.response in known:
+                return pair
+    keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
+    raise MalformedRecord(
+        "its fields name no known shape; expected instruction and output or response, prompt and completion or "
+        f"response, messages, or conversations, found: {keys}"
+    )
 
 
 def _own_id(value: object) -> str | None:

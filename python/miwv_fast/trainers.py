@@ -6,12 +6,14 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
-from miwv_fast.shapes import Record, parse_record, recognize
+from miwv_fast.shapes import Pair, Record, parse_record, recognize
 from miwv_fast.templates import compile_pair
+
+_T = TypeVar("_T")
 
 TRAINERS = ("llama-factory", "trl")
 
@@ -56,7 +58,7 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     Raises ValueError where the records have several shapes, or several names for one role.
     """
     shape = _one([recognize(row) for row in rows], "shapes")
-    if shape in ("messages", "conversations"):
+    if isinstance(shape, str):
         role, content = ("role", "content") if shape == "messages" else ("from", "value")
         said = [message[role] for row in rows for message in row[shape]]
         tags = {"role_tag": role, "content_tag": content}
@@ -70,19 +72,18 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
         if shape == "conversations" and any(row.get("system") for row in rows):
             columns["system"] = "system"
         return {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": tags}
-    if shape == "output":
-        columns = {"prompt": "instruction", "response": "output"}
-        if any("input" in row for row in rows):
-            columns["query"] = "input"
-        return {"file_name": file, "columns": columns}
-    return {"file_name": file, "columns": {"prompt": "prompt", "response": shape}}
+    columns = {"prompt": shape.instruction, "response": shape.response}
+    if inputs := [name for name in shape.inputs if any(row.get(name) for row in rows)]:
+        columns["query"] = _one(inputs, "fields of an input")
+    return {"file_name": file, "columns": columns}
 
 
-def _one(found: Sequence[str | None], what: str) -> str:
-    names = sorted({str(name) for name in found})
-    if len(names) != 1:
-        raise ValueError(f"the selected records have {len(names)} {what} ({', '.join(names)}), LLaMA-Factory reads one")
-    return names[0]
+def _one(found: Sequence[_T], what: str) -> _T:
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) != 1:
+        names = ", ".join(sorted(map(str, distinct)))
+        raise ValueError(f"the selected records have {len(distinct)} {what} ({names}), LLaMA-Factory reads one")
+    return distinct[0]
 
 
 def add_to_dataset_info(path: Path, entry: Mapping[str, Any]) -> None:
@@ -111,7 +112,7 @@ def trl_records(rows: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) 
     lists of messages where that is `chat`. Where there are conversations, all become `messages`.
     """
     records = [parse_record(row) for row in rows]
-    if any(recognize(row) in ("messages", "conversations") for row in rows):
+    if not all(isinstance(recognize(row), Pair) for row in rows):
         return [{"messages": _messages(record)} for record in records]
     if template["name"] == "chat":
         messages = [_messages(record) for record in records]
