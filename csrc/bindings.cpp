@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/product.h"
 #include "cpu/row_kernels.h"
 #include "cpu/rows_cpu.h"
 #include "rows.h"
@@ -103,6 +104,22 @@ void cpu_combine_partials(uintptr_t partials, uintptr_t minus, int64_t num_slice
   miwv::cpu::combine_partials(params);
 }
 
+void cpu_product(uintptr_t rows, int64_t num_rows, int64_t row_stride, uintptr_t weight, int64_t weight_stride,
+                 int64_t entries, int64_t width, uintptr_t packed, uintptr_t out, int64_t out_stride, int num_threads) {
+  const miwv::cpu::ProductParams params{pointer<const void>(rows),
+                                        num_rows,
+                                        row_stride,
+                                        pointer<const void>(weight),
+                                        weight_stride,
+                                        entries,
+                                        width,
+                                        pointer<void>(packed),
+                                        pointer<float>(out),
+                                        out_stride};
+  py::gil_scoped_release release;
+  miwv::cpu::product(params, num_threads);
+}
+
 double cpu_read(uintptr_t data, int64_t bytes) {
   py::gil_scoped_release release;
   return miwv::cpu::row_kernels().read(pointer<const void>(data), bytes);
@@ -198,6 +215,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("available_isas", &miwv::cpu::available_isas);
   m.def("select_isa", &miwv::cpu::select_isa);  // for tests and benchmarks; users have MIWV_ISA
   m.def("cpu_read", &cpu_read);
+  m.def("cpu_has_product", &miwv::cpu::has_product);
+  m.def("cpu_product", &cpu_product);
   m.def("cpu_token_logprobs", &cpu_token_logprobs);
   m.def("cpu_response_nll", &cpu_response_nll);
   m.def("cpu_response_nll_difference", &cpu_response_nll_difference);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -100,24 +101,31 @@ def test_sixteen_bits_are_not_rounded_again() -> None:
     assert np.abs(ours.numpy() - expected).max() < 1e-3 * np.abs(rounded.numpy() - expected).max()
 
 
+KINDS = [products.Product, products._ConvertedProduct, products._TiledProduct]
+
+
 @given(
     tokens=st.integers(1, 40),
     vocab=st.integers(1, 700),
     workspace=st.integers(1, 1 << 20),
-    converts=st.booleans(),
+    kind=st.sampled_from(KINDS),
     width=st.integers(1, 300),
 )
-def test_a_slice_fits_its_workspace(tokens: int, vocab: int, workspace: int, converts: bool, width: int) -> None:
-    dtype = torch.bfloat16 if converts else torch.float32
+def test_a_slice_fits_its_workspace(
+    tokens: int, vocab: int, workspace: int, kind: type[products.Product], width: int
+) -> None:
+    dtype = torch.float32 if kind is products.Product else torch.bfloat16
     head = products.Head(torch.empty(vocab, width, dtype=dtype), None, None, 1.0, workspace)
     try:
-        product = products.Product(torch.empty(tokens, width, dtype=dtype), head, tokens)
+        product = kind(head, tokens, torch.device("cpu"))
     except ValueError as error:
-        assert "workspace_bytes" in str(error) and workspace < 4 * (64 + 66 * width)
+        least = int(re.search(r"it must be at least (\d+)", str(error))[1])
+        assert workspace < least < 4 * (64 + 66 * (width + 31)) + 4 * 32 * 80
         return
     buffers = [value for value in vars(product).values() if isinstance(value, torch.Tensor)]
-    gathered = product.tokens * width * (4 + dtype.itemsize if converts else 4)
-    assert sum(buffer.nbytes for buffer in buffers) + gathered <= workspace
+    gathered = product.tokens * width * dtype.itemsize
+    converted = product.tokens * width * 4 if kind is products._ConvertedProduct else 0
+    assert sum(buffer.nbytes for buffer in buffers) + gathered + converted <= workspace
 
 
 def test_a_small_workspace_changes_nothing() -> None:

@@ -11,6 +11,7 @@
 #include "../check.h"
 #include "../online_softmax.h"
 #include "half.h"
+#include "product.h"
 
 #define MIWV_INLINE inline __attribute__((always_inline))
 
@@ -67,14 +68,16 @@ SoftmaxSum row_sum_exact(const T* row, int64_t vocab, const LogitTransform& tran
 namespace miwv::cpu {
 namespace {
 
-#define MIWV_ROW_KERNELS(isa) {#isa, isa::row_sum<float>, isa::row_sum<BFloat16>, isa::row_sum<Float16>, isa::read}
+#define MIWV_ROW_KERNELS(name, isa) \
+  {name, isa::row_sum<float>, isa::row_sum<BFloat16>, isa::row_sum<Float16>, isa::read}
 
 // Least first.
 constexpr RowKernels kRowKernels[] = {
-    MIWV_ROW_KERNELS(generic),
+    MIWV_ROW_KERNELS("generic", generic),
 #if defined(__x86_64__)
-    MIWV_ROW_KERNELS(avx2),
-    MIWV_ROW_KERNELS(avx512),
+    MIWV_ROW_KERNELS("avx2", avx2),
+    MIWV_ROW_KERNELS("avx512", avx512),
+    MIWV_ROW_KERNELS("amx", avx512),  // whose products are in product.cpp
 #endif
 };
 
@@ -83,9 +86,10 @@ bool supported(const RowKernels& kernels) {
   __builtin_cpu_init();
   if (kernels.isa == std::string("avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (kernels.isa == std::string("avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (kernels.isa == std::string("avx512")) return avx512;
+  if (kernels.isa == std::string("amx")) return avx512 && amx_supported();
 #endif
   return kernels.isa == std::string("generic");
 }

@@ -50,6 +50,21 @@ def run_rows(
         getattr(_core, f"cuda_{name}")(*arguments, launch)
 
 
+def has_product() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices into a float32 one, and the instruction set in use may."""
+    return _core.cpu_has_product()
+
+
+def product(rows: Tensor, weight: Tensor, packed: Tensor, out: Tensor) -> None:
+    """Writes `rows @ weight.T` float32 into `out`, whose rows and entries beyond those may be overwritten too.
+
+    rows bfloat16 [m, H] and packed bfloat16 [n, H] (scratch) have all sizes rounded up to multiples of 32, rows with
+    zeros beyond the width H of `weight` [n, H].
+    """
+    sizes = (*weight.shape, packed.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads())
+    _core.cpu_product(rows.data_ptr(), len(rows), rows.stride(0), weight.data_ptr(), weight.stride(0), *sizes)
+
+
 def combine(partials: Tensor, minus: Tensor | None, offsets: Tensor) -> Tensor:
     """Mean NLL of each response, float32 [B], by partials float64 [slices, T, 3], less that by `minus`."""
     slices, num_tokens, _ = partials.shape

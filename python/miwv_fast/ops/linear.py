@@ -30,7 +30,7 @@ from miwv_fast.ops.checks import (
     pack_logits,
     rows_of,
 )
-from miwv_fast.ops.products import Head, Product, gather
+from miwv_fast.ops.products import Head, gather, product_of
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -259,7 +259,7 @@ def _partials(hidden: Tensor, targets: Tensor, rows: Tensor | None, head: Head, 
         targets, rows = torch.where(inside == rows, targets, -1), inside
     # Autocast would turn the products' types around, and a product into a given place is unknown to it.
     with torch.autocast(hidden.device.type, enabled=False):
-        product = Product(hidden, head, count)
+        product = product_of(hidden, head, count)
         for begin in range(0, count, product.tokens):
             end = min(begin + product.tokens, count)
             chosen = gather(hidden, rows, begin, end)

@@ -1,7 +1,8 @@
 """Products of hidden states with an output head, slice by slice into one workspace.
 
 With n logits in a slice of m tokens, the head is read T / m times and the workspace is written and read once: 2 H
-operations and 8 bytes for a logit, which on a CPU stay in its cache.
+operations and 8 bytes for a logit, which on a CPU stay in its cache. Three kinds: torch's own; on a CPU, where those of
+16-bit matrices would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AMX.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from miwv_fast.ops import launch
 
 # The tokens of a slice, and its bytes. On a CPU: what fits into its cache, and products as fast as large ones (Zen 4:
 # 12 ns a logit at H = 576, 15 with 64 tokens). On a GPU: the head is read once for 4,096 tokens.
@@ -40,63 +43,131 @@ def gather(hidden: Tensor, rows: Tensor | None, begin: int, end: int) -> Tensor:
     return hidden[chosen // length, chosen % length]
 
 
+def product_of(hidden: Tensor, head: Head, count: int) -> Product:
+    """The kind of product for these hidden states, `count` of which will be multiplied.
+
+    Logits are float32, except those of 16-bit types on CUDA before torch 2.8. Raises ValueError where the workspace is
+    too small.
+    """
+    dtype, device = hidden.dtype, hidden.device
+    if device.type != "cpu" or dtype is torch.float32:
+        widens = dtype is not torch.float32 and _gives_float32(device.index, dtype)
+        return Product(head, count, device, torch.float32 if widens else dtype)
+    if dtype is torch.bfloat16 and head.weight.stride(1) == 1 and launch.has_product():
+        return _TiledProduct(head, count, device)
+    return _ConvertedProduct(head, count, device)
+
+
 class Product:
     """Products of hidden states with the head, into one workspace; `tokens` at a time."""
 
-    def __init__(self, hidden: Tensor, head: Head, count: int) -> None:
-        self._head = head
-        kind, dtype = hidden.device.type, hidden.dtype
-        widens = dtype is torch.float32 or (kind == "cuda" and _gives_float32(hidden.device.index, dtype))
-        self._converts = kind == "cpu" and dtype is not torch.float32  # a CPU's products give their own type only
-        out = torch.float32 if widens or self._converts else dtype
-        self.tokens, self._entries = _slice_shape(head, kind, count, out.itemsize, self._converts)
-        self._workspace = torch.empty(self.tokens * self._entries, dtype=out, device=hidden.device)
-        self._wide = widens and dtype is not torch.float32
-        if self._converts:
-            self._converted = torch.empty(
-                self._entries, head.weight.shape[1], dtype=torch.float32, device=hidden.device
-            )
+    def __init__(self, head: Head, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._head, self._device, self._dtype = head, device, dtype
+        self._width = head.weight.shape[1]
+        self.tokens, self._entries = self._slice_shape(count)
+        self._allocate()
 
     def slices(self, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first entry of a slice, and its logits [m, n], which the next slice overwrites."""
-        vocab = self._head.weight.shape[0]
-        if self._converts:
-            chosen = chosen.float()
-        for start in range(0, vocab, self._entries):
-            weight = self._head.weight[start : start + self._entries]
-            if self._converts:
-                weight = self._converted[: len(weight)].copy_(weight)
-            logits = self._workspace[: len(chosen) * len(weight)].view(len(chosen), len(weight))
-            if self._wide:
-                torch.mm(chosen, weight.T, out_dtype=torch.float32, out=logits)
-            else:
-                torch.mm(chosen, weight.T, out=logits)
+        chosen = self._prepare(chosen)
+        for start in range(0, len(self._head.weight), self._entries):
+            logits = self._multiply(chosen, self._head.weight[start : start + self._entries])
             if self._head.bias is not None:
                 logits += self._head.bias[start : start + self._entries]
             yield start, logits
 
+    def _slice_shape(self, count: int) -> tuple[int, int]:
+        """Tokens and entries of a slice, by the number of tokens and what the workspace has room for."""
+        vocab, room = len(self._head.weight), self._head.workspace_bytes
+        tokens, least = min(count, _SLICE_TOKENS[self._device.type]), min(vocab, _GRANULE)
+        while tokens > 1 and self._held(tokens, least) > room:
+            tokens = tokens // 2
+        if self._held(tokens, least) > room:
+            raise ValueError(
+                f"workspace_bytes is {room}, it must be at least {self._held(1, least)} for H = {self._width} and "
+                f"V = {vocab}"
+            )
+        entry = max(self._dtype.itemsize * tokens, self._copied() // 4)  # of few tokens copies would grow large
+        entries = max(least, _SLICE_BYTES[self._device.type] // entry // _GRANULE * _GRANULE)
+        while entries > least and self._held(tokens, entries) > room:
+            entries = max(least, entries // 2 // _GRANULE * _GRANULE)
+        return tokens, min(entries, vocab)
 
-def _slice_shape(head: Head, kind: str, count: int, item: int, converts: bool) -> tuple[int, int]:
-    """Tokens and entries of a slice, by the number of tokens and what the workspace has room for."""
-    vocab, width = head.weight.shape
-    tokens = min(count, _SLICE_TOKENS[kind])
+    # ---- What the kinds differ in
 
-    def held(tokens: int, entries: int) -> int:
-        converted = 4 * width * (entries + tokens) if converts else 0
-        return item * tokens * entries + head.weight.itemsize * width * tokens + converted
+    def _copied(self) -> int:
+        """Bytes of an entry of the head where a slice has a copy of it."""
+        return 0
 
-    least = min(vocab, _GRANULE)
-    while tokens > 1 and held(tokens, least) > head.workspace_bytes:
-        tokens = tokens // 2
-    if held(tokens, least) > head.workspace_bytes:
-        raise ValueError(
-            f"workspace_bytes is {head.workspace_bytes}, it must be at least {held(1, least)} for H = {width} and "
-            f"V = {vocab}"
-        )
-    entries = max(least, _SLICE_BYTES[kind] // (item * tokens) // _GRANULE * _GRANULE)
-    while entries > least and held(tokens, entries) > head.workspace_bytes:
-        entries = max(least, entries // 2 // _GRANULE * _GRANULE)
-    return tokens, min(entries, vocab)
+    def _held(self, tokens: int, entries: int) -> int:
+        """Bytes that slices of this shape take, the hidden states that are gathered for them included."""
+        return self._dtype.itemsize * tokens * entries + self._head.weight.itemsize * self._width * tokens
+
+    def _allocate(self) -> None:
+        self._workspace = self._empty(self.tokens * self._entries, dtype=self._dtype)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def _prepare(self, chosen: Tensor) -> Tensor:
+        return chosen
+
+    def _multiply(self, chosen: Tensor, weight: Tensor) -> Tensor:
+        logits = self._workspace[: len(chosen) * len(weight)].view(len(chosen), len(weight))
+        if chosen.dtype is self._dtype:
+            return torch.mm(chosen, weight.T, out=logits)
+        return torch.mm(chosen, weight.T, out_dtype=self._dtype, out=logits)
+
+
+class _ConvertedProduct(Product):
+    """Of 16-bit matrices on any CPU: in float32, a slice of the head at a time."""
+
+    def _copied(self) -> int:
+        return 4 * self._width
+
+    def _held(self, tokens: int, entries: int) -> int:
+        return super()._held(tokens, entries) + self._copied() * (entries + tokens)
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._converted = self._empty(self._entries, self._width)
+
+    def _prepare(self, chosen: Tensor) -> Tensor:
+        return chosen.float()
+
+    def _multiply(self, chosen: Tensor, weight: Tensor) -> Tensor:
+        return super()._multiply(chosen, self._converted[: len(weight)].copy_(weight))
+
+
+class _TiledProduct(Product):
+    """Of bfloat16 matrices on a CPU with AMX."""
+
+    def _copied(self) -> int:
+        return 2 * _padded(self._width)
+
+    def _held(self, tokens: int, entries: int) -> int:
+        copied = self._copied() * (_padded(tokens) + _padded(entries))
+        return 4 * _padded(tokens) * _row_stride(entries) + copied + 2 * self._width * tokens
+
+    def _allocate(self) -> None:
+        self._workspace = self._empty(_padded(self.tokens), _row_stride(self._entries))
+        self._packed = self._empty(_padded(self._entries), _padded(self._width), dtype=torch.bfloat16)
+        self._rows = self._empty(_padded(self.tokens), _padded(self._width), dtype=torch.bfloat16).zero_()
+
+    def _prepare(self, chosen: Tensor) -> Tensor:
+        return self._rows[: len(chosen), : self._width].copy_(chosen)
+
+    def _multiply(self, chosen: Tensor, weight: Tensor) -> Tensor:
+        launch.product(self._rows[: _padded(len(chosen))], weight, self._packed, self._workspace)
+        return self._workspace[: len(chosen), : len(weight)]
+
+
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32
+
+
+def _row_stride(entries: int) -> int:
+    return _padded(entries) + 16  # rows that are a power of two apart share few lines of a cache
 
 
 @lru_cache

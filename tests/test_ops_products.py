@@ -1,0 +1,104 @@
+"""Products of bfloat16 matrices in float32 by the kernel for AMX, and what stands in for it on other CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from miwv_fast import _core, ops
+from miwv_fast.ops import launch, products
+
+
+@pytest.fixture
+def amx() -> Iterator[None]:
+    if "amx" not in _core.available_isas():
+        pytest.skip("this CPU has no AMX")
+    before = _core.isa()
+    _core.select_isa("amx")
+    yield
+    _core.select_isa(before)
+
+
+def filled(*shape: int, value: float = torch.nan) -> torch.Tensor:
+    return torch.full(shape, value, dtype=torch.bfloat16)
+
+
+def up(size: int) -> int:
+    return -(-size // 32) * 32
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of any sizes, with NaN wherever nothing should be read or may be overwritten."""
+    (count, width), entries = rows.shape, len(weight)
+    padded = filled(up(count), up(width) + 7)
+    padded[:, : up(width)] = 0
+    padded[:count, :width] = rows
+    out = torch.full((up(count) + 1, up(entries) + 1), 7.0)
+    packed = filled(up(entries) + 1, up(width))
+    launch.product(padded[: up(count)], weight, packed, out)
+    assert (out[up(count) :] == 7).all() and (out[:, up(entries) :] == 7).all() and packed[up(entries) :].isnan().all()
+    return out[:count, :entries].clone()
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 70])
+@pytest.mark.parametrize("entries", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 577])
+def test_float64(amx: None, count: int, entries: int, width: int) -> None:
+    """Up to float32 sums, whatever stands beside the weight in memory."""
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(count, width, generator=generator).bfloat16()
+    storage = filled(entries, width + 40)
+    weight = storage[:, 3 : width + 3]
+    weight.copy_(torch.randn(entries, width, generator=generator))
+    exact, most = rows.double() @ weight.double().T, rows.double().abs() @ weight.double().abs().T
+    assert ((product(rows, weight) - exact).abs() <= 4 * torch.finfo(torch.float32).eps * most).all()
+
+
+def test_a_row_depends_on_itself_alone(amx: None) -> None:
+    """To the bit: on its place, the other rows, NaN and infinity among them, and threads."""
+    rows, weight = torch.randn(40, 100).bfloat16(), torch.randn(90, 100).bfloat16()
+    whole = product(rows, weight)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert torch.equal(product(rows, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(product(rows[17:18], weight), whole[17:18])
+    rows[3, 5], rows[20, 7] = torch.nan, torch.inf
+    changed = product(rows, weight)
+    assert changed[3].isnan().all() and changed[20].isinf().all()
+    kept = [row for row in range(40) if row not in (3, 20)]
+    assert torch.equal(changed[kept], whole[kept])
+
+
+def test_losses_by_every_instruction_set(amx: None) -> None:
+    """With several slices of tokens and vocabulary, a weight with a stride of its own, and a bias."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(600, 48, generator=generator).bfloat16()
+    weight = torch.randn(5000, 50, generator=generator).bfloat16()[:, 1:49]
+    bias = torch.randn(5000, generator=generator).bfloat16()
+    targets, offsets = torch.randint(5000, (600,), generator=generator), torch.arange(601)
+    losses = []
+    for isa in ("avx512", "amx"):
+        _core.select_isa(isa)
+        kind = products.product_of(hidden, products.Head(weight, bias, None, 1.0, 1 << 28), 600)
+        assert (type(kind) is products._TiledProduct) == (isa == "amx")
+        losses.append(ops.linear_response_nll(hidden, weight, targets, offsets, bias=bias))
+    assert not torch.equal(*losses) and (losses[0] - losses[1]).abs().max() < 1e-5
+    # Columns that are adjacent are left to torch.
+    columns = ops.linear_response_nll(hidden, weight.T.contiguous().T, targets, offsets, bias=bias)
+    assert (columns - losses[0]).abs().max() < 1e-5
+
+
+def test_without_it_products_are_converted() -> None:
+    before = _core.isa()
+    _core.select_isa("generic")
+    try:
+        assert not launch.has_product()
+        head = products.Head(torch.zeros(8, 4, dtype=torch.bfloat16), None, None, 1.0, 1 << 20)
+        assert type(products.product_of(head.weight, head, 8)) is products._ConvertedProduct
+    finally:
+        _core.select_isa(before)
