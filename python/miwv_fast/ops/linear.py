@@ -56,7 +56,8 @@ def linear_response_nll(
     more than `workspace_bytes` are held, whatever V and T are.
 
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
-    the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not.
+    the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not. Those
+    of bfloat16 on a CPU with AMX are our own, and don't.
     """
     options = _options(softcap, scale, workspace_bytes, check)
     if is_plain("hidden", hidden) and is_plain("weight", weight):
