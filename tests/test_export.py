@@ -164,6 +164,19 @@ def test_trl_records():
     assert {name for row in mixed for name in row} == {"messages"}
 
 
+def test_a_system_text_goes_to_the_trainers():
+    rows = [row | {"system": "Be kind."} for row in make_rows("prompt", 2)]
+    assert llama_factory_entry("s.jsonl", rows)["columns"] == {
+        "prompt": "prompt",
+        "response": "completion",
+        "system": "system",
+    }
+    text = trl_records(rows, {"name": "alpaca", "source": ALPACA})[0]["prompt"]
+    assert text == alpaca_prompt(f"Be kind.\n\n{rows[0]['prompt']}", "")
+    chat = trl_records(rows, {"name": "chat", "source": ""})[0]["prompt"]
+    assert chat[0] == {"role": "system", "content": "Be kind."} and len(chat) == 2
+
+
 def test_what_a_trainer_gets(tmp_path):
     manifest = {"model": {"name": "some model"}, "template": {"name": "alpaca", "source": ALPACA}}
     rows = make_rows("alpaca", 3)

@@ -62,6 +62,21 @@ def test_input_is_part_of_the_embedded_text(rest):
     assert parse_record({"instruction": "Add", **rest}).embedded_text.split() == ["Add", "1", "2"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add", "output": "3"},
+        {"prompt": "Add", "completion": "3"},
+        {"instruction": "Add", "context": "1 2", "response": "3"},
+        {"messages": messages(("user", "Add"), ("assistant", "3"))},
+        {"conversations": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
+    ],
+)
+def test_a_system_text_beside_the_rest(row):
+    assert parse_record(row | {"system": "Be kind."}).system == "Be kind."
+    assert parse_record(row | {"system": None}).system == ""
+
+
 def test_conversation():
     said = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     record = parse_record({"id": 12, "messages": messages(*said)})

@@ -55,8 +55,8 @@ def parse_record(value: object, index: int = 0) -> Record:
     """Reads one record of any of the four shapes, recognised by its keys.
 
     Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), `prompt` with
-    `completion` or `response`, OpenAI `messages`, ShareGPT `conversations`. Raises MalformedRecord (a ValueError) that
-    says what is wrong.
+    `completion` or `response`, OpenAI `messages`, ShareGPT `conversations`; with any of them the text of `system`,
+    unless the conversation has its own. Raises MalformedRecord (a ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -64,17 +64,16 @@ def parse_record(value: object, index: int = 0) -> Record:
     if not isinstance(value, Mapping):
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
     record_id = _own_id(value.get("id"))
-    shape = recognize(value)
+    shape, beside = recognize(value), _text(value, "system")
     if isinstance(shape, Pair):
         input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
         turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
-        return Record(index, record_id, "", (turn,))
+        return Record(index, record_id, beside, (turn,))
     if shape == "messages":
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
     else:
         system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
-        system = system or _text(value, "system")
-    return Record(index, record_id, system, turns)
+    return Record(index, record_id, system or beside, turns)
 
 
 @dataclass(frozen=True, slots=True)

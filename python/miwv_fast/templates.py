@@ -153,7 +153,7 @@ def _split_slots(text: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts) if place % 2 or part]
 
 
-def _with_system(record: Record, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+def with_system(record: Record, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """The turns with the record's system text in front of the first instruction, where it has one."""
     if not record.system:
         return turns
@@ -219,7 +219,7 @@ class PairTemplate:
 
     def _segments(self, record: Record, scored: bool) -> list[Prompt | Response]:
         segments: list[Prompt | Response] = []
-        for turn in _with_system(record, record.turns):
+        for turn in with_system(record, record.turns):
             if segments:
                 segments.append(self._between)
             rendered = self._render(bool(turn.instruction), bool(turn.input))
@@ -298,7 +298,7 @@ class ChatTemplate:
             if self._system_later if later else self._system_first:
                 messages.append(("system", record.system))
             else:
-                turns = _with_system(record, turns)
+                turns = with_system(record, turns)
         for turn in turns:
             messages += [("user", turn.prompt), ("assistant", turn.response)]
         return messages

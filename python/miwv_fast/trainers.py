@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
 from miwv_fast.shapes import Pair, Record, parse_record, recognize
-from miwv_fast.templates import compile_pair
+from miwv_fast.templates import compile_pair, with_system
 
 _T = TypeVar("_T")
 
@@ -58,6 +58,7 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     Raises ValueError where the records have several shapes, or several names for one role.
     """
     shape = _one([recognize(row) for row in rows], "shapes")
+    system = {"system": "system"} if any(row.get("system") for row in rows) else {}
     if isinstance(shape, str):
         role, content = ("role", "content") if shape == "messages" else ("from", "value")
         said = [message[role] for row in rows for message in row[shape]]
@@ -68,11 +69,9 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
             ("system_tag", ("system", "developer")),
         ):
             tags[tag] = _one([name for name in said if name in names] or [names[0]], f"names for {tag}")
-        columns = {"messages": shape}
-        if shape == "conversations" and any(row.get("system") for row in rows):
-            columns["system"] = "system"
+        columns = {"messages": shape, **system}
         return {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": tags}
-    columns = {"prompt": shape.instruction, "response": shape.response}
+    columns = {"prompt": shape.instruction, "response": shape.response, **system}
     if inputs := [name for name in shape.inputs if any(row.get(name) for row in rows)]:
         columns["query"] = _one(inputs, "fields of an input")
     return {"file_name": file, "columns": columns}
@@ -118,7 +117,7 @@ def trl_records(rows: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) 
         messages = [_messages(record) for record in records]
         return [{"prompt": each[:-1], "completion": each[-1:]} for each in messages]
     prompt, _ = compile_pair(template["name"], template["source"])
-    turns = [record.turns[0] for record in records]
+    turns = [with_system(record, record.turns)[0] for record in records]
     return [{"prompt": str(prompt(t.instruction, t.input)), "completion": t.response} for t in turns]
 
 
