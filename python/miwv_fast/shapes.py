@@ -100,8 +100,8 @@ _PAIRS = (
 def recognize(value: Mapping[str, Any]) -> Pair | str:
     """A record's shape: a pair, or the field of a conversation, `messages` or `conversations`.
 
-    Raises MalformedRecord if it has none of the four.
-    Fields without a value count where no shape has all of its own: a table of several shapes has nulls.
+    Fields without a value count where no shape has all of its own: a table of several shapes has nulls. Raises
+    MalformedRecord if it has none of the four.
 
     >>> recognize({"prompt": "Hi", "response": "Hello"})
     Pair(instruction='prompt', inputs=(), response='response')
