@@ -55,11 +55,15 @@ def test_one_turn_in_every_shape(row):
         {"context": "1 2", "response": "3"},
         {"input": "1 2", "response": "3"},
         {"input": "1 2", "context": None, "response": "3"},
-        {"input": "1", "context": "2", "response": "3"},
     ],
 )
 def test_input_is_part_of_the_embedded_text(rest):
-    assert parse_record({"instruction": "Add", **rest}).embedded_text.split() == ["Add", "1", "2"]
+    assert parse_record({"instruction": "Add", **rest}).embedded_text == "Add\n1 2"
+
+
+def test_neither_of_two_inputs_is_lost():
+    row = {"instruction": "Add", "input": "1", "context": "2", "response": "3"}
+    assert parse_record(row).turns == (Turn("Add", "1\n2", "3"),)
 
 
 @pytest.mark.parametrize(

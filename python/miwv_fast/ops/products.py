@@ -87,7 +87,8 @@ class Product:
                 f"workspace_bytes is {room}, it must be at least {self._held(1, least)} for H = {self._width} and "
                 f"V = {vocab}"
             )
-        entry = max(self._dtype.itemsize * tokens, self._copied() // 4)  # of few tokens copies would grow large
+        # Copies of the head take four times the bytes of a slice at most: there are many entries where tokens are few.
+        entry = max(self._dtype.itemsize * tokens, self._copied() // 4)
         entries = max(least, _SLICE_BYTES[self._device.type] // entry // _GRANULE * _GRANULE)
         while entries > least and self._held(tokens, entries) > room:
             entries = max(least, entries // 2 // _GRANULE * _GRANULE)
