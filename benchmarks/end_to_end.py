@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--embedder", help="sentence-transformers folder; default: all-MiniLM-L6-v2")
     parser.add_argument("--oda", type=Path, help="checkout of OpenDataArena/ODA-DataScorer")
+    parser.add_argument("--template", default="plain", help="of all ways but OpenDataArena's, which has its own")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--threads", type=int, help="1 keeps CPU times honest on a machine that does other work too")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all ways; the medians of their times count")
@@ -125,7 +126,7 @@ def run(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command += ["--oda", str(arguments.oda)] if arguments.oda else []
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
     command += ["--shape", arguments.shape] if arguments.shape else []
-    command += ["--device", arguments.device]
+    command += ["--device", arguments.device, "--template", arguments.template]
     # OpenDataArena takes any GPU that it sees.
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}
     print(f"{way} ...", file=sys.stderr, flush=True)
@@ -189,7 +190,7 @@ def ours(rows, embeddings, arguments, dtype=None, share_prefix=True):
     lm = load_model(arguments.model, device=arguments.device, dtype=dtype or usual_dtype(arguments))
 
     def score():
-        options = {"embedder": embeddings, "template": "plain", "share_prefix": share_prefix}
+        options = {"embedder": embeddings, "template": arguments.template, "share_prefix": share_prefix}
         scores = miwv_fast.score(rows, (lm.model, lm.tokenizer), **options)
         names = ("forwarded_tokens", "padding_tokens")
         return scores.table["miwv"].to_pylist(), {name: int(scores.stats[name]) for name in names}
@@ -206,7 +207,7 @@ def one_by_one(rows, embeddings, arguments, wide=False):
     from miwv_fast.shapes import parse_record
     from miwv_fast.templates import load_template
 
-    template = load_template("plain", AutoTokenizer.from_pretrained(arguments.model))
+    template = load_template(arguments.template, AutoTokenizer.from_pretrained(arguments.model))
     dtype = torch.float64 if wide else getattr(torch, usual_dtype(arguments))
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
     records = [parse_record(row, i) for i, row in enumerate(rows)]

@@ -73,31 +73,36 @@ class Lengths:
     def _own(self, record: int) -> np.ndarray:
         return self.tokens[record : record + int(self.prompt[record] + self.response[record])]
 
-    def zero_shot(self, record: int) -> Any:
-        """The record alone."""
+    def _zero_shot(self, record: int) -> Any:
         return self._sequence(self._own(record), int(self.prompt[record]))
 
-    def one_shot(self, number: int) -> Any:
-        """The record behind its demonstration."""
+    def _one_shot(self, number: int) -> Any:
         before = self._own(int(self.demonstration[number]))
         both = np.concatenate([before, self._own(number)])
         return self._sequence(both, len(before) + int(self.prompt[number]))
 
-    def prefix(self, root: int, scored: bool) -> Any:
-        """The record alone, as others continue it."""
-        sequence = self.zero_shot(root)
-        return sequence.prefix(len(sequence.rows) if scored else 0)
+    def trees(self, unit: Any) -> Any:
+        """The sequences of a unit, children as what follows their demonstrations."""
+        from miwv_fast.runner import Trees
 
-    def parent(self, number: int) -> int:
-        """The record that a one-shot pass continues."""
-        return int(self.demonstration[number])
+        place = {root: place for place, root in enumerate(unit.roots.tolist())}
+        roots = [self._zero_shot(record) for record in unit.roots.tolist()]
+        roots = [root.prefix(len(root.rows) * int(scored)) for root, scored in zip(roots, unit.scored, strict=True)]
+        behind = self.demonstration[unit.children].tolist()
+        children = [
+            self._one_shot(number).behind(len(self._own(demonstration)))
+            for number, demonstration in zip(unit.children.tolist(), behind, strict=True)
+        ]
+        alone = [*map(self._zero_shot, unit.zero_shot.tolist()), *map(self._one_shot, unit.one_shot.tolist())]
+        parents = [-1] * len(roots) + [place[demonstration] for demonstration in behind] + [-1] * len(alone)
+        return Trees([*roots, *children, *alone], np.array(parents, np.int64))
 
 
 def measure_model(
     shape: str, records: int, device: torch.device, batch_tokens: int | None = None, share: bool = True
 ) -> dict[str, Any]:
     """One pass over all units; what it took, and how that compares with the device's own matrix products."""
-    from miwv_fast.forest import forwarded_tokens, plan_units
+    from miwv_fast.forest import Passes, plan_units
     from miwv_fast.info import package_versions
     from miwv_fast.job import UNIT_BATCHES
     from miwv_fast.model import CausalLM
@@ -110,8 +115,8 @@ def measure_model(
     zero = lengths.prompt + lengths.response
     one = zero + zero[lengths.demonstration]
     parents = lengths.demonstration if share else np.full(records, -1)
-    plan = (zero, one, zero, parents)
-    units = plan_units(*plan, cache_tokens=runner.cache_tokens(), unit_tokens=UNIT_BATCHES * budget)
+    passes = Passes(zero, one, zero, np.full(records, -1), parents)
+    units = plan_units(passes, cache_tokens=runner.cache_tokens(), unit_tokens=UNIT_BATCHES * budget)
     runner.run(units[-1], lengths, lambda tokens: None)  # kernels are loaded and tuned
     synchronize(device)
     if device.type == "cuda":
@@ -124,7 +129,7 @@ def measure_model(
         padding += result.padding_tokens
     synchronize(device)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    tokens = sum(forwarded_tokens(unit, *plan) for unit in units)
+    tokens = sum(map(passes.forwarded_tokens, units))
     scored = 2 * int(lengths.response.sum())
     operations = 2 * body_parameters(lm) * tokens + 2 * lm.model.lm_head.weight.numel() * scored
     peak = product_rate(device, lm.model.dtype)

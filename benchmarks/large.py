@@ -145,14 +145,11 @@ class StubModel:
     shared_length = sys.maxsize
     cache_bytes_per_token = 46_080  # SmolLM2-135M's
 
-    def response_nll(self, sequences: Sequence[Any], *continued: Any) -> torch.Tensor:
+    def response_nll(self, sequences: Sequence[Any], *prefixes: Any, **rows: Any) -> torch.Tensor:
         return torch.tensor([1 + len(sequence.ids) % 97 / 97 for sequence in sequences])
 
-    def response_nll_and_keep(self, sequences: Sequence[Any], *kept: Any) -> torch.Tensor:
-        return self.response_nll(sequences)
-
-    def prefixes(self, lengths: np.ndarray) -> Prefixes:
-        return Prefixes(lengths, 0)
+    def prefixes(self, own: np.ndarray, parents: np.ndarray) -> Prefixes:
+        return Prefixes(own, parents, 0)
 
 
 class StubEngine(LocalEngine):

@@ -36,6 +36,7 @@ from miwv_fast.neighbors import APPROXIMATE_ABOVE
 from miwv_fast.ray_cluster import Cluster
 from miwv_fast.ray_engine import RayEngine
 from miwv_fast.ray_stage import run_stage
+from miwv_fast.runner import Trees
 
 NOTHING = np.empty(0, np.int64)
 
@@ -55,17 +56,19 @@ class Random:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def zero_shot(self, record: int) -> TokenSequence:
+    def trees(self, unit: Unit) -> Trees:
+        """Its records, each by itself."""
+        return Trees([self._sequence(record) for record in unit.zero_shot.tolist()], np.full(len(unit.zero_shot), -1))
+
+    def _sequence(self, record: int) -> TokenSequence:
         """Always the same for a record."""
         ids = np.random.default_rng(record).integers(0, 49152, self._length, dtype=np.int32)
         rows = np.arange(self._length * 2 // 3, self._length - 1, dtype=np.int32)
         return TokenSequence(ids, rows, ids[rows + 1])
 
-    one_shot = zero_shot  # none is asked for
-
 
 def whole(records: np.ndarray) -> Unit:
-    return Unit(NOTHING, NOTHING.astype(bool), NOTHING, records, NOTHING)
+    return Unit(NOTHING, NOTHING, NOTHING.astype(bool), NOTHING, records, NOTHING)
 
 
 def cpu_seconds() -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, PREFIXES, forwarded_tokens, plan_batches, plan_units
+from miwv_fast.forest import BATCH_OVERHEAD, GPU_BATCH_OVERHEAD, PREFIXES, Passes, plan_batches, plan_units
 from miwv_fast.job import UNIT_BATCHES
 
 
@@ -31,7 +31,8 @@ def test_batches_are_the_cheapest_within_the_budget(lengths, budget, overhead):
 
 @st.composite
 def graphs(draw):
-    """Any neighbours whatever: cycles, hubs, records without a pass of one kind or of both, parents that have none."""
+    """Any neighbours whatever: cycles, hubs, records without a pass of one kind or of both, parents that have none; and
+    preambles, behind the records."""
     n = draw(st.integers(1, 40))
     seed = draw(st.integers(0, 2**32 - 1))
     generator = np.random.default_rng(seed)
@@ -43,13 +44,20 @@ def graphs(draw):
     continuation = generator.integers(1, 50, n)
     one = np.where(parent >= 0, prefix[parent], 1) + continuation
     one *= generator.random(n) < 0.9
-    return zero, one, prefix, parent
+    preambles = draw(st.integers(0, 3))
+    length = generator.integers(1, 12, preambles)
+    of = generator.integers(-1, preambles, n)
+    shorter = length[of] < np.minimum(np.where(zero > 0, zero, prefix), prefix) if preambles else False
+    of = np.where(shorter, np.where(of >= 0, n + of, -1), -1)
+    nothing = np.zeros(preambles, np.int64)
+    return Passes(np.append(zero, nothing), one, np.append(prefix, length), np.append(of, nothing - 1), parent)
 
 
 @given(graphs(), st.integers(1, 300), st.integers(1, 500))
-def test_every_pass_is_run_exactly_once(graph, cache_tokens, unit_tokens):
-    zero, one, prefix, parent = graph
-    units = plan_units(zero, one, prefix, parent, cache_tokens=cache_tokens, unit_tokens=unit_tokens)
+def test_every_pass_is_run_exactly_once(passes, cache_tokens, unit_tokens):
+    zero, one, prefix, parent = passes.zero, passes.one, passes.root, passes.parent
+    before = np.where(passes.preamble >= 0, prefix[passes.preamble], 0)
+    units = plan_units(passes, cache_tokens=cache_tokens, unit_tokens=unit_tokens)
     zero_runs = [i for unit in units for i in [*unit.roots[unit.scored], *unit.zero_shot]]
     one_runs = [i for unit in units for i in [*unit.children, *unit.one_shot]]
     assert sorted(zero_runs) == np.flatnonzero(zero > 0).tolist()
@@ -58,12 +66,16 @@ def test_every_pass_is_run_exactly_once(graph, cache_tokens, unit_tokens):
         assert len(set(unit.roots.tolist())) == len(unit.roots)
         assert set(parent[unit.children].tolist()) == set(unit.roots.tolist())
         assert (parent[unit.one_shot] < 0).all()
-        assert len(unit.roots) <= 1 or prefix[unit.roots].sum() <= cache_tokens
+        wanted = {*passes.preamble[unit.roots].tolist(), *passes.preamble[unit.zero_shot].tolist()} - {-1}
+        assert sorted(wanted) == unit.preambles.tolist()
+        own = (prefix - before)[unit.roots].sum()
+        assert len(unit.roots) <= 1 or own <= cache_tokens
         single = len(unit.children) + len(unit.zero_shot) + len(unit.one_shot) == 1
-        tokens = prefix[unit.roots].sum() + (one[unit.children] - prefix[parent[unit.children]]).sum()
-        tokens += zero[unit.zero_shot].sum() + one[unit.one_shot].sum()
+        tokens = own + (one[unit.children] - prefix[parent[unit.children]]).sum()
+        tokens += (zero - before)[unit.zero_shot].sum() + one[unit.one_shot].sum()
         longest = max(prefix.max(), one.max(), zero.max())
         assert single or tokens <= unit_tokens + longest + prefix.max()
+        assert passes.forwarded_tokens(unit) == tokens + prefix[unit.preambles].sum()
 
 
 def test_a_hub_is_split_and_scored_once():
@@ -71,7 +83,8 @@ def test_a_hub_is_split_and_scored_once():
     zero, prefix = np.full(n, 10), np.full(n, 10)
     parent = np.zeros(n, np.int64)
     parent[0] = 1
-    units = plan_units(zero, np.full(n, 20), prefix, parent, cache_tokens=1000, unit_tokens=500)
+    passes = Passes(zero, np.full(n, 20), prefix, np.full(n, -1), parent)
+    units = plan_units(passes, cache_tokens=1000, unit_tokens=500)
     holding = [unit for unit in units if 0 in unit.roots]
     assert len(holding) > 5
     assert sum(unit.scored[unit.roots == 0].sum() for unit in holding) == 1
@@ -96,7 +109,8 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens, overhead):
     """Both passes for two thirds of the tokens, and padding below 2 % whatever the budget."""
     length, parent, _ = alpaca_like(20_000)
     one = np.where(parent >= 0, length[parent], 100) + length
-    units = plan_units(length, one, length, parent, cache_tokens=cache_tokens, unit_tokens=UNIT_BATCHES * batch_tokens)
+    passes = Passes(length, one, length, np.full(len(length), -1), parent)
+    units = plan_units(passes, cache_tokens=cache_tokens, unit_tokens=UNIT_BATCHES * batch_tokens)
     forwarded = padded = batches = 0
     for unit in units:
         before = length[parent[unit.children]]
@@ -109,7 +123,7 @@ def test_forwarded_tokens_and_padding(batch_tokens, cache_tokens, overhead):
                 batches += 1
     ideal = length.sum() + np.where(parent >= 0, one - length[parent], one).sum()
     plain = length.sum() + one.sum()
-    assert forwarded == sum(forwarded_tokens(unit, length, one, length, parent) for unit in units)
+    assert forwarded == sum(map(passes.forwarded_tokens, units))
     assert forwarded <= 1.01 * ideal
     assert forwarded / plain == pytest.approx(0.67, abs=0.01)
     assert padded <= 0.02 * forwarded

@@ -15,6 +15,7 @@ from miwv_fast.prefixes import Prefixes
 from support import tiny_model
 
 VOCAB = 300
+ALONE = np.full(3, -1)  # sequences that continue none
 
 
 def sequence(length: int, seed: int, scored: int = 3) -> TokenSequence:
@@ -30,9 +31,28 @@ def causal_lm(kind: str, **options: object) -> CausalLM:
     return CausalLM(model, None, kind)
 
 
+def test_what_continues_another_is_read_with_it():
+    """Its own tokens alone are kept; the pass that writes them reads what stands before them."""
+    prefixes = Prefixes(np.array([3, 1, 2]), np.array([-1, -1, 0]), 1)
+    assert prefixes.lengths.tolist() == [3, 1, 5] and prefixes.before(np.array([0, 1])) is None
+    assert prefixes.before(np.array([2])).tolist() == [3]
+
+    def column(*values: float) -> torch.Tensor:
+        return torch.tensor(values).view(1, 1, -1, 1)
+
+    prefixes.keep(np.array([0])).update(column(1, 2, 3), column(10, 20, 30), 0)
+    prefixes.keep(np.array([1])).update(column(7), column(70), 0)
+    cache = prefixes.keep(np.array([2]))
+    assert cache.get_seq_length() == 3
+    read = [tensor.flatten().tolist() for tensor in cache.update(column(4, 5), column(40, 50), 0)]
+    assert read == [[1, 2, 3, 4, 5], [10, 20, 30, 40, 50]]
+    read = prefixes.behind(np.array([2, 1])).update(*[torch.full((2, 1, 1, 1), 6.0)] * 2, 0)
+    assert read[0][:, 0, :, 0].tolist() == [[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 6]]
+
+
 def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
     torch.manual_seed(0)
-    prefixes = Prefixes(np.array([4, 2, 3]), 2)
+    prefixes = Prefixes(np.array([4, 2, 3]), ALONE[:3], 2)
     keys, values = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 6)
     for rows, width in (([2, 1], 3), ([0], 4)):
         cache = prefixes.keep(np.array(rows))
@@ -55,7 +75,7 @@ def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
 
 def test_behind_a_shorter_prefix_stands_its_own_last_token():
     """Neither what memory held nor another sequence's keys, which could be NaN: no mask hides that."""
-    prefixes = Prefixes(np.array([6, 2]), 1)
+    prefixes = Prefixes(np.array([6, 2]), ALONE[:2], 1)
     for row, values in ((0, [np.nan] * 6), (1, [2, 5])):
         keys = torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
         prefixes.keep(np.array([row])).update(keys, keys, 0)
@@ -67,14 +87,14 @@ def test_a_prefix_that_is_not_finite_spoils_its_own_continuations_only():
     """The one that is stored first, too, and in one batch with shorter ones."""
     lm = causal_lm("llama")
     long, short = sequence(20, 1), sequence(12, 2)
-    prefixes = lm.prefixes(np.array([20, 12]))
-    lm.response_nll_and_keep([long, short], prefixes, np.array([0, 1]))
+    prefixes = lm.prefixes(np.array([20, 12]), ALONE[:2])
+    lm.response_nll([long, short], prefixes, keep=np.array([0, 1]))
     rows = np.array([0, 1])
-    expected = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, rows)
+    expected = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, behind=rows)
     with torch.inference_mode():
         for kept in prefixes._layers:
             kept.keys[:20] = kept.values[:20] = torch.nan
-    spoilt = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, rows)
+    spoilt = lm.response_nll([sequence(9, 3), sequence(9, 4)], prefixes, behind=rows)
     assert spoilt[0].isnan() and spoilt[1] == expected[1] and expected.isfinite().all()
 
 
@@ -88,14 +108,16 @@ def test_behind_a_prefix_as_whole(kind):
     whole = [sequence(length, seed) for length, seed in ((30, 1), (21, 2), (26, 1))]
     whole[2].ids[:9] = whole[0].ids[:9]
     kept, rows = np.array([9, 14]), np.array([0, 1, 0])
-    prefixes = lm.prefixes(kept)
+    prefixes = lm.prefixes(kept, ALONE[:2])
     scored = np.array([5, 7], np.int32)
     beginnings = [TokenSequence(whole[row].ids[: kept[row]], scored, whole[row].ids[scored + 1]) for row in (0, 1)]
     for row in (1, 0):
-        nll = lm.response_nll_and_keep([beginnings[row]], prefixes, np.array([row]))
+        nll = lm.response_nll([beginnings[row]], prefixes, keep=np.array([row]))
         torch.testing.assert_close(nll, lm.response_nll([beginnings[row]]), rtol=0, atol=2e-5)
     behind = [one.behind(int(kept[row])) for one, row in zip(whole, rows, strict=True)]
-    torch.testing.assert_close(lm.response_nll(behind, prefixes, rows), lm.response_nll(whole), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        lm.response_nll(behind, prefixes, behind=rows), lm.response_nll(whole), rtol=0, atol=2e-5
+    )
 
 
 def test_who_cannot_share():
@@ -114,12 +136,14 @@ def assert_padding_knows_its_place(lm: CausalLM) -> None:
     """A short continuation of a long prefix beside a long one of a short prefix, 40 positions each."""
     whole = [sequence(40, 1), sequence(40, 2)]
     lengths, both = np.array([4, 37]), np.arange(2)
-    prefixes = lm.prefixes(lengths)
+    prefixes = lm.prefixes(lengths, ALONE[:2])
     none = np.empty(0, np.int32)
     beginnings = [TokenSequence(one.ids[:length], none, none) for one, length in zip(whole, lengths, strict=True)]
-    lm.response_nll_and_keep(beginnings, prefixes, both)
+    lm.response_nll(beginnings, prefixes, keep=both)
     behind = [one.behind(int(length)) for one, length in zip(whole, lengths, strict=True)]
-    torch.testing.assert_close(lm.response_nll(behind, prefixes, both), lm.response_nll(whole), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        lm.response_nll(behind, prefixes, behind=both), lm.response_nll(whole), rtol=0, atol=2e-5
+    )
 
 
 LONG_ROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
@@ -178,8 +202,9 @@ def test_no_pass_waits_for_its_device(kind):
     short, long = sequence(12, 3), sequence(20, 4)
     with NeverWaits():
         lm.response_nll([short, long])
-        prefixes = lm.prefixes(np.array([12, 20]))
-        lm.response_nll_and_keep([long, short], prefixes, np.array([1, 0]))
-        lm.response_nll([short, long], prefixes, np.array([0, 1]))
+        prefixes = lm.prefixes(np.array([12, 20, 12]), np.array([-1, -1, 1]))
+        lm.response_nll([long, short], prefixes, keep=np.array([1, 0]))
+        lm.response_nll([short], prefixes, keep=np.array([2]))
+        lm.response_nll([short, long], prefixes, behind=np.array([0, 2]))
     with pytest.raises(AssertionError, match="a value is asked for"), NeverWaits(), torch.inference_mode():
         bool(torch.ones(1))

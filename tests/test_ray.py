@@ -30,6 +30,7 @@ from miwv_fast.errors import Interrupted
 from miwv_fast.forest import Unit
 from miwv_fast.ray_stage import run_stage
 from miwv_fast.ray_worker import Score
+from miwv_fast.runner import Trees
 from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
 
@@ -143,9 +144,9 @@ def test_a_worker_with_another_model(folder, cluster):
         with pytest.raises((ValueError, OSError), match=message):
             task.start()
     engine._fingerprint = "0" * 64
-    unit = Unit(*(np.empty(0, np.int64) for _ in range(3)), np.array([0]), np.empty(0, np.int64))
+    unit = Unit(*(np.empty(0, np.int64) for _ in range(4)), np.array([0]), np.empty(0, np.int64))
     one = TokenSequence(*(np.array(values, np.int32) for values in ([1, 2], [0], [2])))
-    sequences = SimpleNamespace(zero_shot=lambda record: one)
+    sequences = SimpleNamespace(trees=lambda unit: Trees([one], np.array([-1])))
     with pytest.raises(ValueError, match=r"worker on .*weights .* here, 0000.* on the first worker"):
         list(engine.run([(0, unit)], sequences, lambda tokens: None))
 

@@ -2,13 +2,15 @@
 
 A record's zero-shot sequence is the prefix of every one-shot sequence that demonstrates with it, so the records form
 trees: the root is run once, with its keys and values kept, and each child only as the continuation behind it. Where it
-is not, what all these one-shot sequences begin with is a root of its own, which is not scored.
+is not, what all these one-shot sequences begin with is a root of its own, which is not scored. What many roots and
+single sequences begin with, a preamble, is run once for each unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,47 +28,68 @@ PREFIXES = 8
 
 @dataclass(frozen=True)
 class Unit:
-    """Work that depends on no other unit: four kinds of forward pass, int64.
+    """Work that depends on no other unit: five kinds of forward pass, int64.
 
-    `roots` are run alone, and their keys and values are kept; `scored`, bool, says for which of them, as records, this
-    unit gives the zero-shot loss. `children` are one-shot passes run behind their parents, all of which are among
-    `roots`. `zero_shot` (records) and `one_shot` (passes) are run whole.
+    `preambles` and `roots` are not scored for their own sake: their keys and values are kept. A root runs behind its
+    preamble where it has one; `scored`, bool, says for which roots, as records, this unit gives the zero-shot loss.
+    `children` are one-shot passes run behind their parents, all of which are among `roots`. `zero_shot` (records) run
+    behind their preambles or whole, `one_shot` (passes) whole.
     """
 
+    preambles: np.ndarray
     roots: np.ndarray
     scored: np.ndarray
     children: np.ndarray
     zero_shot: np.ndarray
     one_shot: np.ndarray
 
-
-def forwarded_tokens(unit: Unit, zero: np.ndarray, one: np.ndarray, prefix: np.ndarray, parent: np.ndarray) -> int:
-    """The tokens that a unit of `plan_units` forwards, padding not counted."""
-    behind = one[unit.children] - prefix[parent[unit.children]]
-    return int(prefix[unit.roots].sum() + behind.sum() + zero[unit.zero_shot].sum() + one[unit.one_shot].sum())
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """All sequences, in the order in which they are handed on."""
+        return self.preambles, self.roots, self.children, self.zero_shot, self.one_shot
 
 
-def plan_units(
-    zero: np.ndarray,
-    one: np.ndarray,
-    prefix: np.ndarray,
-    parent: np.ndarray,
-    *,
-    cache_tokens: int,
-    unit_tokens: int,
-) -> list[Unit]:
+@dataclass(frozen=True)
+class Passes:
+    """All passes of a job, by their lengths in tokens; 0 where there is none.
+
+    `zero` int [R] and `one` int [P] are the zero-shot and one-shot passes, `root` int [R] the roots, which are the
+    records and whatever else passes continue. `preamble` int64 [R] is the root that a root, or the zero-shot pass of
+    this number, begins with, -1 where there is none; `parent` int64 [P] the root behind which a one-shot pass runs, -1
+    where it runs whole.
+    """
+
+    zero: np.ndarray
+    one: np.ndarray
+    root: np.ndarray
+    preamble: np.ndarray
+    parent: np.ndarray
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """int64 [R]: the length of each root's preamble."""
+        return np.where(self.preamble >= 0, self.root[self.preamble], 0)
+
+    def forwarded_tokens(self, unit: Unit) -> int:
+        """The tokens that a unit of `plan_units` forwards, padding not counted."""
+        roots = self.root[unit.roots] - self.before[unit.roots]
+        children = self.one[unit.children] - self.root[self.parent[unit.children]]
+        zero = self.zero[unit.zero_shot] - self.before[unit.zero_shot]
+        parts = self.root[unit.preambles], roots, children, zero, self.one[unit.one_shot]
+        return int(sum(part.sum() for part in parts))
+
+
+def plan_units(passes: Passes, *, cache_tokens: int, unit_tokens: int) -> list[Unit]:
     """Trees and single sequences, packed into units.
 
-    `zero` int [R] and `one` int [P] are the lengths of the zero-shot and one-shot passes, 0 where there is none (as for
-    a root that is no record); `prefix` int [R] is the length of a root; `parent` int64 [P] the root behind which a
-    one-shot pass runs, -1 where it runs whole. A unit keeps at most `cache_tokens` of prefixes (at least one) and
-    forwards about `unit_tokens`; a root with more children than that is run again in the next unit, where it is not
-    scored.
+    A unit keeps at most `cache_tokens` of prefixes (at least one, and preambles beside them) and forwards about
+    `unit_tokens`; a root with more children than that is run again in the next unit, where it is not scored.
     """
-    units = list(_plan_trees(zero, one, prefix, parent, cache_tokens, unit_tokens))
-    is_root = np.zeros(len(zero), bool)
-    is_root[parent[(parent >= 0) & (one > 0)]] = True
-    singles = [(np.flatnonzero((zero > 0) & ~is_root), zero), (np.flatnonzero((one > 0) & (parent < 0)), one)]
+    units = list(_plan_trees(passes, cache_tokens, unit_tokens))
+    is_root = np.zeros(len(passes.root), bool)
+    is_root[passes.parent[(passes.parent >= 0) & (passes.one > 0)]] = True
+    zero = passes.zero - np.where(passes.zero > 0, passes.before, 0)
+    singles = [(np.flatnonzero((zero > 0) & ~is_root), zero)]
+    singles += [(np.flatnonzero((passes.one > 0) & (passes.parent < 0)), passes.one)]
     nothing = np.empty(0, np.int64)
     for kind, (records, length) in enumerate(singles):
         records = records[np.argsort(-length[records], kind="stable")]
@@ -74,16 +97,21 @@ def plan_units(
         for part in np.split(records, ends):
             if len(part):
                 pair = (part, nothing) if kind == 0 else (nothing, part)
-                units.append(Unit(nothing, nothing.astype(bool), nothing, *pair))
+                preambles = _used(passes.preamble[pair[0]])
+                units.append(Unit(preambles, nothing, nothing.astype(bool), nothing, *pair))
     return units
 
 
-def _plan_trees(
-    zero: np.ndarray, one: np.ndarray, prefix: np.ndarray, parent: np.ndarray, cache_tokens: int, unit_tokens: int
-) -> Iterator[Unit]:
+def _used(preambles: np.ndarray) -> np.ndarray:
+    return np.unique(preambles[preambles >= 0])
+
+
+def _plan_trees(passes: Passes, cache_tokens: int, unit_tokens: int) -> Iterator[Unit]:
+    one, parent, length = passes.one, passes.parent, passes.root
+    own = length - passes.before
     children = np.flatnonzero((one > 0) & (parent >= 0))
     # Roots of like length share a unit, so that their caches stand side by side almost without padding.
-    order = np.lexsort((children, parent[children], -prefix[parent[children]]))
+    order = np.lexsort((children, parent[children], -length[parent[children]]))
     roots: list[int] = []
     scored: list[bool] = []
     held: list[int] = []
@@ -92,12 +120,14 @@ def _plan_trees(
     nothing = np.empty(0, np.int64)
 
     def unit() -> Unit:
-        return Unit(np.array(roots, np.int64), np.array(scored, bool), np.array(held, np.int64), nothing, nothing)
+        kept = np.array(roots, np.int64)
+        continuations = np.array(held, np.int64)
+        return Unit(_used(passes.preamble[kept]), kept, np.array(scored, bool), continuations, nothing, nothing)
 
     for child in children[order].tolist():
         root = int(parent[child])
         new = not roots or root != roots[-1]
-        grown = cached + (int(prefix[root]) if new else 0)
+        grown = cached + (int(own[root]) if new else 0)
         if held and (grown > cache_tokens or forwarded >= unit_tokens):
             yield unit()
             roots, scored, held = [], [], []
@@ -105,12 +135,12 @@ def _plan_trees(
             new = True
         if new:
             roots.append(root)
-            scored.append(root != last_root and bool(zero[root] > 0))
-            cached += int(prefix[root])
-            forwarded += int(prefix[root])
+            scored.append(root != last_root and bool(passes.zero[root] > 0))
+            cached += int(own[root])
+            forwarded += int(own[root])
             last_root = root
         held.append(child)
-        forwarded += int(one[child] - prefix[root])
+        forwarded += int(one[child] - length[root])
     if held:
         yield unit()
 

@@ -11,25 +11,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from miwv_fast.assembly import TokenSequence
 from miwv_fast.corpus import Corpus, count_scored, cut_lengths, tokenize, tokenize_behind
 from miwv_fast.engine import Engine
 from miwv_fast.errors import Interrupted
-from miwv_fast.forest import forwarded_tokens, plan_units
+from miwv_fast.forest import plan_units
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress, Tally
 from miwv_fast.records import Records
 from miwv_fast.rejections import Rejection, Rejections
 from miwv_fast.runner import UnitResult
 from miwv_fast.scores import MULTI_SCHEMA, SCHEMA, STATUSES
+from miwv_fast.sharing import PassSequences
 from miwv_fast.sources import Source
 from miwv_fast.store import Run
 from miwv_fast.templates import Template
 
 # More make a unit cheaper by a percent (less padding), and longer to wait for, to lose and to share among workers.
 UNIT_BATCHES = 16
-# Fewer tokens in common are not worth a root of their own.
-_LEAST_SHARED = 16
 _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncated", "malformed"))
 
 
@@ -37,8 +35,7 @@ _OK, _TRUNCATED, _MALFORMED = (STATUSES.index(name) for name in ("ok", "truncate
 class Job:
     """What is known of each record so far; N input records, k demonstrations for each.
 
-    One-shot passes are numbered `record * k + rank`. Roots, behind which they run, are records; root N + d is what
-    all passes with demonstration d begin with, where that is not record d as it stands alone.
+    One-shot passes are numbered `record * k + rank`.
     """
 
     records: Records
@@ -50,10 +47,7 @@ class Job:
     scored_tokens: np.ndarray  # int32 [N], equal in all passes of a record
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
     one_length: np.ndarray  # int32 [N, k], 0 where the demonstration leaves no room
-    prefix_length: np.ndarray  # int32 [N], positions of the whole record, as a demonstration
-    parents: np.ndarray  # int64 [N, k], the root behind whose kept keys and values the pass runs, or -1
-    front_length: np.ndarray  # int32 [N], positions of root N + d, 0 where there is none
-    front_pass: np.ndarray  # int64 [N], a one-shot pass that begins with it
+    parents: np.ndarray  # int64 [N, k], the demonstration where the pass begins with that as it stands alone, or -1
     nll_zero: np.ndarray  # float32 [N]
     nll_one: np.ndarray  # float32 [N, k]
     neighbors: Neighbors
@@ -75,10 +69,7 @@ class Job:
             scored_tokens=np.zeros(n, np.int32),
             zero_length=np.zeros(n, np.int32),
             one_length=np.zeros((n, k), np.int32),
-            prefix_length=np.zeros(n, np.int32),
             parents=np.full((n, k), -1, np.int64),
-            front_length=np.zeros(n, np.int32),
-            front_pass=np.zeros(n, np.int64),
             nll_zero=np.full(n, np.nan, np.float32),
             nll_one=np.full((n, k), np.nan, np.float32),
             neighbors=Neighbors.none(n, k),
@@ -118,7 +109,6 @@ class Job:
         left = self.pending()
         spans, eos = self.corpus.alone.spans, self.corpus.end_of_turn is not None
         self.scored_tokens[:] = count_scored(spans, 0, self.max_length, eos)
-        self.prefix_length[:] = self.corpus.alone.ids.lengths
         self._set(left & (self.scored_tokens == 0), "too_long")
         self._set(left & (count_scored(spans, 0, None, eos) == 0), "empty_response")
 
@@ -126,8 +116,7 @@ class Job:
         """Lengths of all passes; a demonstration may cost a response its tail or all of its room.
 
         Where a one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run behind
-        it: up to `shared_length` positions. Otherwise it can run behind what it and others with this demonstration
-        begin with.
+        it: up to `shared_length` positions.
         """
         corpus, k = self._corpus, self.parents.shape[1]
         left = self.pending()
@@ -156,24 +145,6 @@ class Job:
             shared = (length > 0) & tail.behind & (first > 0) & (length <= shared_length)
             self.one_length[:, rank] = length
             self.parents[shared, rank] = self.neighbors.index[shared, rank]
-        whole = (self.one_length > 0) & (self.one_length <= shared_length) & (self.parents < 0)
-        self._share_fronts(np.flatnonzero(whole))
-
-    def _share_fronts(self, passes: np.ndarray) -> None:
-        """Passes with the same demonstration run behind the tokens that all of them begin with."""
-        demonstration = self.neighbors.index.ravel()[passes]
-        order = np.argsort(demonstration, kind="stable")
-        groups = np.split(passes[order], np.flatnonzero(np.diff(demonstration[order])) + 1)
-        for group in (group for group in groups if len(group) > 1):
-            first, *others = (self.one_shot(number) for number in group.tolist())
-            length = int(first.rows[0])  # what is read for a target stays behind
-            for other in others:
-                length = min(length, int(other.rows[0]))
-                length = int(np.argmin(np.append(first.ids[:length] == other.ids[:length], False)))
-            if length >= _LEAST_SHARED:
-                front = self.neighbors.index.flat[group[0]]
-                self.front_length[front], self.front_pass[front] = length, group[0]
-                self.parents.flat[group] = len(self.records) + front
 
     def _tokenize_behind(self, bars: Progress) -> None:
         """Every record behind each of its demonstrations, where the template looks at both."""
@@ -202,30 +173,31 @@ class Job:
         self.rejections.append(Rejection(record, f"record {record}", reason, self.records[record].embedded_text))
 
     def run(
-        self, engine: Engine, bars: Progress, run: Run | None = None, stopping: Callable[[], bool] = lambda: False
+        self,
+        engine: Engine,
+        bars: Progress,
+        shared_length: int,
+        run: Run | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """All passes of every record that is left, unit by unit; those that `run` holds already are taken from there.
 
-        Raises Interrupted behind the unit during which `stopping` became true.
+        What passes of up to `shared_length` positions have in common is run once. Raises Interrupted behind the unit
+        during which `stopping` became true.
         """
         left = self.pending()
-        zero = np.append(np.where(left, self.zero_length, 0), np.zeros_like(self.front_length))
-        prefix = np.append(self.prefix_length, self.front_length)
-        one = np.where(left[:, None], self.one_length, 0).ravel()
-        parents = self.parents.ravel()
-        units = plan_units(
-            zero,
-            one,
-            prefix,
-            parents,
-            cache_tokens=engine.facts.cache_tokens,
-            unit_tokens=UNIT_BATCHES * engine.facts.batch_tokens,
+        zero_length, one_length = np.where(left, self.zero_length, 0), np.where(left[:, None], self.one_length, 0)
+        unit_tokens = UNIT_BATCHES * engine.facts.batch_tokens
+        sequences = PassSequences(
+            self._corpus, self.neighbors.index, self.scored_tokens, zero_length, one_length, self.parents
         )
-        planned = sum(forwarded_tokens(unit, zero, one, prefix, parents) for unit in units)
+        sequences.share(shared_length, unit_tokens)
+        units = plan_units(sequences.passes, cache_tokens=engine.facts.cache_tokens, unit_tokens=unit_tokens)
+        planned = sum(map(sequences.passes.forwarded_tokens, units))
         finished = dict(run.parts(units)) if run is not None else {}
         if run is not None:
             run.save_plan(len(units), planned)
-        tally = Tally(len(units), int(np.count_nonzero(zero)))
+        tally = Tally(len(units), int(np.count_nonzero(zero_length)))
         begin = time.perf_counter()
         with bars.task("scoring", planned, "tokens") as advance:
             for result in finished.values():
@@ -235,7 +207,7 @@ class Job:
             left_units = [(number, unit) for number, unit in enumerate(units) if number not in finished]
             if left_units and stopping():
                 raise Interrupted(f"stopped after {len(finished)} of {len(units)} units")
-            with closing(engine.run(left_units, self, advance)) as results:
+            with closing(engine.run(left_units, sequences, advance)) as results:
                 for count, done in enumerate(results, len(finished) + 1):
                     if run is not None:
                         run.save_part(done.number, done.result, done.seconds)
@@ -256,27 +228,6 @@ class Job:
             column[numbers] = losses
         self.stats["forwarded_tokens"] += result.forwarded_tokens
         self.stats["padding_tokens"] += result.padding_tokens
-
-    def zero_shot(self, record: int) -> TokenSequence:
-        """The record alone, cut to what is scored."""
-        return self._corpus.zero_shot(record).cut(int(self.scored_tokens[record]))
-
-    def one_shot(self, number: int) -> TokenSequence:
-        """A record behind a demonstration, cut to what is scored."""
-        record, rank = divmod(number, self.parents.shape[1])
-        whole = self._corpus.one_shot(record, rank, int(self.neighbors.index[record, rank]))
-        return whole.cut(int(self.scored_tokens[record]))
-
-    def prefix(self, root: int, scored: bool) -> TokenSequence:
-        """All of a root, as others continue it, with its own targets where it is scored."""
-        if root >= len(self.records):
-            front = root - len(self.records)
-            return self.one_shot(int(self.front_pass[front])).front(int(self.front_length[front]))
-        return self._corpus.zero_shot(root).prefix(int(self.scored_tokens[root]) if scored else 0)
-
-    def parent(self, number: int) -> int:
-        """The root that a one-shot pass continues."""
-        return int(self.parents.flat[number])
 
     def table(self) -> pa.Table:
         """A row per input record, as `Scores.table` describes it."""

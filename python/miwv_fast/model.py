@@ -102,14 +102,22 @@ class CausalLM:
         return digest.hexdigest()
 
     def response_nll(
-        self, sequences: Sequence[TokenSequence], prefixes: Prefixes | None = None, rows: np.ndarray | None = None
+        self,
+        sequences: Sequence[TokenSequence],
+        prefixes: Prefixes | None = None,
+        *,
+        keep: np.ndarray | None = None,
+        behind: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Mean negative log-likelihood in nats, float32 [B] on the model's device, of each sequence's scored tokens.
 
-        With `prefixes`, sequence b continues prefix `rows[b]`.
+        A sequence without scored tokens has NaN. With `prefixes`, sequence b continues prefix `behind[b]`, or becomes
+        prefix `keep[b]`, behind the one that this continues if there is one.
         """
-        if prefixes is not None and rows is not None:
-            return self._run(sequences, prefixes.behind(rows), prefixes.lengths[rows])
+        if prefixes is not None and keep is not None:
+            return self._run(sequences, prefixes.keep(keep), prefixes.before(keep))
+        if prefixes is not None and behind is not None:
+            return self._run(sequences, prefixes.behind(behind), prefixes.lengths[behind])
         long = [len(sequence.ids) > self._short for sequence in sequences]
         if any(long) and not all(long):
             nll: dict[int, torch.Tensor] = {}
@@ -119,17 +127,12 @@ class CausalLM:
             return torch.stack([nll[place] for place in range(len(sequences))])
         return self._run(sequences)
 
-    def response_nll_and_keep(
-        self, sequences: Sequence[TokenSequence], prefixes: Prefixes, rows: np.ndarray
-    ) -> torch.Tensor:
-        """The same, and sequence b becomes prefix `rows[b]`. A sequence without scored tokens has NaN."""
-        return self._run(sequences, prefixes.keep(rows))
-
-    def prefixes(self, lengths: np.ndarray) -> Prefixes:
-        """Room for the keys and values of sequences of `lengths`, int64 [R], which are run next."""
+    def prefixes(self, own: np.ndarray, parents: np.ndarray) -> Prefixes:
+        """Room for the keys and values of sequences, which are run next: `own` int64 [R] are their lengths behind those
+        that they continue, `parents` int64 [R], -1 where there is none."""
         from miwv_fast.prefixes import Prefixes
 
-        return Prefixes(lengths, self._cache_layers)
+        return Prefixes(own, parents, self._cache_layers)
 
     @torch.inference_mode()
     def token_nll(self, sequence: TokenSequence) -> torch.Tensor:
@@ -149,7 +152,8 @@ class CausalLM:
     def _run(
         self, sequences: Sequence[TokenSequence], cache: Cache | None = None, before: np.ndarray | None = None
     ) -> torch.Tensor:
-        """One forward pass, with `before` [B] tokens of each sequence in the cache. Nothing in it waits for a GPU."""
+        """One forward pass, with `before` [B] tokens of each sequence in the cache, if any. Nothing in it waits for a
+        GPU."""
         from miwv_fast.prefixes import pass_through
 
         width = max(len(sequence.ids) for sequence in sequences)
@@ -189,10 +193,9 @@ class CausalLM:
         from transformers import cache_utils
 
         ids = np.arange(14, dtype=np.int32) % self.vocab_size
-        none, last = np.empty(0, np.int32), np.array([6], np.int32)
+        last = np.array([6], np.int32)
         whole = [TokenSequence(ids[:7], last, last), TokenSequence(ids[7:], last, last)]
-        beginnings = [TokenSequence(ids[:5], none, none), TokenSequence(ids[7:10], none, none)]
-        both = np.arange(2)
+        first, second = np.arange(2), np.array([2, 3])
         try:
             expected = self.response_nll(whole)
             output = self.model(torch.from_numpy(ids)[None].long().to(self.device), use_cache=True)
@@ -204,9 +207,11 @@ class CausalLM:
             if any(type(layer) not in [getattr(cache_utils, kind, None) for kind in kinds] for layer in own.layers):
                 return
             self._cache_layers = len(own.layers)
-            prefixes = self.prefixes(np.array([5, 3]))
-            self.response_nll_and_keep(beginnings, prefixes, both)
-            behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes, both)
+            prefixes = self.prefixes(np.array([3, 1, 2, 2]), np.array([-1, -1, 0, 1]))
+            self.response_nll([whole[0].front(3), whole[1].front(1)], prefixes, keep=first)
+            beginnings = [whole[0].front(5).behind(3), whole[1].front(3).behind(1)]
+            self.response_nll(beginnings, prefixes, keep=second)
+            behind = self.response_nll([whole[0].behind(5), whole[1].behind(3)], prefixes, behind=second)
             agreed = agree(torch.stack([behind, self.response_nll(whole)]), expected.expand(2, 2), self.model.dtype)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             _log.debug("%s cannot share prefixes: %s", self.name, error)

@@ -11,22 +11,19 @@ import pyarrow as pa
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.forest import Unit
 from miwv_fast.neighbors import Near
-from miwv_fast.runner import Sequences, UnitResult
+from miwv_fast.runner import Sequences, Trees, UnitResult
 
 _NUMBERS = pa.large_list(pa.int64())
 _TOKENS = pa.large_list(pa.int32())
 _LOSSES = pa.large_list(pa.float32())
 
-# Sequences stand one after the other: roots, children behind their roots, zero-shot passes, one-shot passes.
+# A unit's own fields, and its trees, whose sequences stand one after the other.
+_UNIT = ("preambles", "roots", "scored", "children", "zero_shot", "one_shot")
 UNIT_SCHEMA = pa.schema(
     [
         ("number", pa.int64()),
-        ("roots", _NUMBERS),
-        ("scored", pa.large_list(pa.bool_())),
-        ("children", _NUMBERS),
+        *((name, pa.large_list(pa.bool_()) if name == "scored" else _NUMBERS) for name in _UNIT),
         ("parents", _NUMBERS),
-        ("zero_shot", _NUMBERS),
-        ("one_shot", _NUMBERS),
         ("ids", _TOKENS),
         ("rows", _TOKENS),
         ("targets", _TOKENS),
@@ -51,31 +48,18 @@ NEAR_SCHEMA = pa.schema([("groups", _NUMBERS), ("ends", _NUMBERS), ("other", _NU
 
 
 def pack(number: int, unit: Unit, sequences: Sequences) -> pa.Table:
-    """A unit as one row of `UNIT_SCHEMA`; of a child only what follows its root is in it."""
-    parents = np.array([sequences.parent(int(i)) for i in unit.children], np.int64)
-    roots = [sequences.prefix(int(i), bool(scored)) for i, scored in zip(unit.roots, unit.scored, strict=True)]
-    length = {int(i): len(root.ids) for i, root in zip(unit.roots, roots, strict=True)}
-    behind = [
-        sequences.one_shot(int(i)).behind(length[parent])
-        for i, parent in zip(unit.children, parents.tolist(), strict=True)
-    ]
-    zero = [sequences.zero_shot(int(i)) for i in unit.zero_shot]
-    one = [sequences.one_shot(int(i)) for i in unit.one_shot]
-    every = [*roots, *behind, *zero, *one]
+    """A unit as one row of `UNIT_SCHEMA`; of what continues another sequence only that is in it which follows."""
+    trees = sequences.trees(unit)
     return _row(
         UNIT_SCHEMA,
         number=number,
-        roots=unit.roots,
-        scored=unit.scored,
-        children=unit.children,
-        parents=parents,
-        zero_shot=unit.zero_shot,
-        one_shot=unit.one_shot,
-        ids=_join([sequence.ids for sequence in every]),
-        rows=_join([sequence.rows for sequence in every]),
-        targets=_join([sequence.targets for sequence in every]),
-        id_counts=np.array([len(sequence.ids) for sequence in every], np.int32),
-        row_counts=np.array([len(sequence.rows) for sequence in every], np.int32),
+        **{name: getattr(unit, name) for name in _UNIT},
+        parents=trees.parents,
+        ids=_join([sequence.ids for sequence in trees.sequences]),
+        rows=_join([sequence.rows for sequence in trees.sequences]),
+        targets=_join([sequence.targets for sequence in trees.sequences]),
+        id_counts=np.array([len(sequence.ids) for sequence in trees.sequences], np.int32),
+        row_counts=np.array([len(sequence.rows) for sequence in trees.sequences], np.int32),
     )
 
 
@@ -85,36 +69,18 @@ class PackedUnit:
     def __init__(self, table: pa.Table, row: int) -> None:
         column = {name: read_list(table, name, row) for name in UNIT_SCHEMA.names[1:]}
         self.number = int(table["number"][row].as_py())
-        self.unit = Unit(*(column[name] for name in ("roots", "scored", "children", "zero_shot", "one_shot")))
-        self._parent = dict(zip(self.unit.children.tolist(), column["parents"].tolist(), strict=True))
+        self.unit = Unit(**{name: column[name] for name in _UNIT})
         ids, rows, targets = (
             np.split(column[name], np.cumsum(column[counts])[:-1])
             for name, counts in (("ids", "id_counts"), ("rows", "row_counts"), ("targets", "row_counts"))
         )
-        every = iter([TokenSequence(*parts) for parts in zip(ids, rows, targets, strict=True)])
-        self._roots, self._children, self._zero, self._one = (
-            {int(i): next(every) for i in kind}
-            for kind in (self.unit.roots, self.unit.children, self.unit.zero_shot, self.unit.one_shot)
+        self._trees = Trees(
+            [TokenSequence(*parts) for parts in zip(ids, rows, targets, strict=True)], column["parents"]
         )
 
-    def zero_shot(self, record: int) -> TokenSequence:
-        """The record alone, cut to what is scored."""
-        return self._zero[record]
-
-    def one_shot(self, number: int) -> TokenSequence:
-        """A record behind a demonstration, cut to what is scored."""
-        if number in self._one:
-            return self._one[number]
-        behind, root = self._children[number], self._roots[self._parent[number]].ids
-        return TokenSequence(np.concatenate([root, behind.ids]), behind.rows + len(root), behind.targets)
-
-    def prefix(self, root: int, scored: bool) -> TokenSequence:
-        """All of a root, as others continue it, with its own targets where it is scored."""
-        return self._roots[root]
-
-    def parent(self, number: int) -> int:
-        """The root that a one-shot pass continues."""
-        return int(self._parent[number])
+    def trees(self, unit: Unit) -> Trees:
+        """The sequences of the unit."""
+        return self._trees
 
 
 def pack_result(number: int, result: UnitResult, seconds: float) -> pa.Table:

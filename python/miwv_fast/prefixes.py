@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,41 @@ from miwv_fast.devices import to_device
 
 
 class Prefixes:
-    """Keys and values of R sequences, token behind token, those of a layer in two tensors [sum of lengths, heads, D].
+    """Keys and values of R sequences, token behind token, those of a layer in two tensors [number of tokens, heads, D].
 
-    `lengths` int64 [R]. A layer that attends to another's keys has none.
+    `own` int64 [R] are their lengths without the sequence that they continue, `parents` int64 [R]: an earlier one, or
+    -1; `lengths` int64 [R] are those of the whole. Each token is kept once, however many sequences it belongs to. A
+    layer that attends to another's keys has none.
     """
 
-    def __init__(self, lengths: np.ndarray, layers: int) -> None:
-        self.lengths = lengths
-        self._starts = np.cumsum([0, *lengths[:-1]])
-        self._layers = [_Kept(int(lengths.sum())) for _ in range(layers)]
+    def __init__(self, own: np.ndarray, parents: np.ndarray, layers: int) -> None:
+        self._own = own
+        self._parents = parents
+        self._starts = np.cumsum(own) - own
+        self._tokens: list[np.ndarray] = []  # where those of each whole sequence stand
+        for start, count, parent in zip(self._starts.tolist(), own.tolist(), parents.tolist(), strict=True):
+            tokens = np.arange(start, start + count)
+            self._tokens.append(tokens if parent < 0 else np.concatenate([self._tokens[parent], tokens]))
+        self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int64)
+        self._layers = [_Kept(int(own.sum())) for _ in range(layers)]
 
     def keep(self, rows: np.ndarray) -> Cache:
-        """The cache for a pass over sequences `rows`, [B], from their beginning: what it is given stays here."""
-        position = np.arange(self.lengths[rows].max())
-        own = position < self.lengths[rows, None]
+        """The cache for a pass over what sequences `rows`, [B], have of their own: what it is given stays here.
+
+        Either all of them continue another, which it holds, or none does.
+        """
+        position = np.arange(self._own[rows].max())
+        own = position < self._own[rows, None]
         to = _OnDevices((self._starts[rows, None] + position)[own])
         tokens = _OnDevices(np.flatnonzero(own))
-        return Cache(layers=[_Writer(layer, tokens, to) for layer in self._layers])
+        writers: list[Any] = [_Writer(layer, tokens, to) for layer in self._layers]
+        parents = self._parents[rows]
+        return Cache(layers=writers if parents[0] < 0 else self._readers(parents, writers))
+
+    def before(self, rows: np.ndarray) -> np.ndarray | None:
+        """How long what sequences `rows`, [B], continue is, int64 [B]; None where they continue nothing."""
+        parents = self._parents[rows]
+        return None if parents[0] < 0 else self.lengths[parents]
 
     def behind(self, rows: np.ndarray) -> Cache:
         """The cache for a pass that continues sequences `rows`, [B], which may repeat; as wide as the longest.
@@ -36,10 +55,14 @@ class Prefixes:
         Behind the end of a shorter one stands its own last token again, for a mask to hide: another sequence's could be
         NaN, which no mask hides.
         """
-        position = np.arange(self.lengths[rows].max())
-        tokens = self._starts[rows, None] + np.minimum(position, self.lengths[rows, None] - 1)
-        picked = _OnDevices(tokens.reshape(-1))
-        return Cache(layers=[_Reader(layer, picked, len(position)) for layer in self._layers])
+        return Cache(layers=self._readers(rows, [_Layer() for _ in self._layers]))
+
+    def _readers(self, rows: np.ndarray, inner: Sequence[_Layer]) -> list[Any]:
+        width = int(self.lengths[rows].max())
+        position = np.arange(width)
+        picked = [self._tokens[row][np.minimum(position, self.lengths[row] - 1)] for row in rows]
+        tokens = _OnDevices(np.concatenate(picked))
+        return [_Reader(kept, tokens, width, layer) for kept, layer in zip(self._layers, inner, strict=True)]
 
     def bytes_per_token(self) -> int:
         """What the keys and values of one token take."""
@@ -104,11 +127,11 @@ class _Writer(_Layer):
 
 
 class _Reader(_Layer):
-    """Picks the tokens when its layer asks, so that no pass holds those of more than one layer."""
+    """Puts kept tokens in front, picked when its layer asks, so that no pass holds those of more than one layer."""
 
-    def __init__(self, kept: _Kept, tokens: _OnDevices, width: int) -> None:
+    def __init__(self, kept: _Kept, tokens: _OnDevices, width: int, inner: _Layer) -> None:
         super().__init__()
-        self._kept, self._tokens, self._width = kept, tokens, width
+        self._kept, self._tokens, self._width, self._inner = kept, tokens, width, inner
 
     def get_seq_length(self) -> int:
         return self._width
@@ -116,7 +139,8 @@ class _Reader(_Layer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._continued(self._kept.keys, key_states), self._continued(self._kept.values, value_states)
+        keys, values = self._inner.update(key_states, value_states)
+        return self._continued(self._kept.keys, keys), self._continued(self._kept.values, values)
 
     def _continued(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         batch, heads, length, size = new.shape

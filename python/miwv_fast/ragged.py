@@ -48,6 +48,14 @@ class Ragged:
         sums: np.ndarray = total[self.offsets[1:]] - total[self.offsets[:-1]]
         return sums
 
+    def followed_by(self, rows: Sequence[np.ndarray]) -> Ragged:
+        """These rows and more; itself where there are no more."""
+        if not rows:
+            return self
+        more = Ragged.join(rows)
+        offsets = np.append(self.offsets, self.offsets[-1] + more.offsets[1:])
+        return Ragged(np.append(self.values, more.values), offsets)
+
     @staticmethod
     def join(rows: Sequence[np.ndarray]) -> Ragged:
         """One row after the other."""

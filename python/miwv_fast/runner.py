@@ -20,23 +20,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Trees:
+    """The sequences of a unit, each as what follows the one that it continues: an earlier one, `parents` int64 [S], or
+    none, -1. They stand in the order of the unit's fields."""
+
+    sequences: list[TokenSequence]
+    parents: np.ndarray
+
+
 class Sequences(Protocol):
-    """Where the token sequences of records come from."""
+    """Where the token sequences of units come from."""
 
-    def zero_shot(self, record: int) -> TokenSequence:
-        """The record alone, cut to what is scored."""
-        ...
-
-    def one_shot(self, number: int) -> TokenSequence:
-        """A record behind a demonstration, cut to what is scored."""
-        ...
-
-    def prefix(self, root: int, scored: bool) -> TokenSequence:
-        """All of a root, as others continue it, with its own targets where it is scored."""
-        ...
-
-    def parent(self, number: int) -> int:
-        """The root that a one-shot pass continues."""
+    def trees(self, unit: Unit) -> Trees:
+        """What is to be run."""
         ...
 
 
@@ -67,57 +64,70 @@ class Runner:
     def run(self, unit: Unit, sequences: Sequences, advance: Callable[[int], None]) -> UnitResult:
         """All passes of a unit; `advance` is called with the tokens of each batch."""
         self._forwarded = self._padded = 0
-        zero, one = [], []
-        if len(unit.roots):
-            roots = [sequences.prefix(int(i), bool(s)) for i, s in zip(unit.roots, unit.scored, strict=True)]
-            prefixes = self.lm.prefixes(np.array([len(root.ids) for root in roots]))
-            nll = self._in_batches(
-                roots, lambda chosen, places: self.lm.response_nll_and_keep(chosen, prefixes, places), advance
-            )
-            zero.append((unit.roots[unit.scored], nll[unit.scored]))
-            row = {record: place for place, record in enumerate(unit.roots.tolist())}
-            parents = np.array([row[sequences.parent(int(i))] for i in unit.children])
-            behind = [
-                sequences.one_shot(int(i)).behind(int(prefixes.lengths[parent]))
-                for i, parent in zip(unit.children, parents, strict=True)
-            ]
-            one.append((unit.children, self._run_children(behind, parents, prefixes, advance)))
-            del prefixes
-        for records, make, losses in (
-            (unit.zero_shot, sequences.zero_shot, zero),
-            (unit.one_shot, sequences.one_shot, one),
-        ):
-            if len(records):
-                whole = [make(int(i)) for i in records]
-                losses.append(
-                    (records, self._in_batches(whole, lambda chosen, _: self.lm.response_nll(chosen), advance))
-                )
-        return UnitResult(_join(zero), _join(one), self._forwarded, self._padded)
+        nll = self._run_trees(sequences.trees(unit), advance)
+        _, roots, children, zero, one = np.split(nll, np.cumsum([len(part) for part in unit.parts()])[:-1])
+        return UnitResult(
+            (np.concatenate([unit.roots[unit.scored], unit.zero_shot]), np.concatenate([roots[unit.scored], zero])),
+            (np.concatenate([unit.children, unit.one_shot]), np.concatenate([children, one])),
+            self._forwarded,
+            self._padded,
+        )
 
-    def _run_children(
-        self, behind: Sequence[TokenSequence], parents: np.ndarray, prefixes: Prefixes, advance: Callable[[int], None]
+    def _run_trees(self, trees: Trees, advance: Callable[[int], None]) -> np.ndarray:
+        """Losses float32 [S]: first of those that others continue, which are kept, level by level."""
+        parents = trees.parents
+        kept = np.unique(parents[parents >= 0])
+        row = np.full(len(parents) + 1, -1)  # among the kept; the last for those without a parent
+        row[kept] = np.arange(len(kept))
+        behind, keep = row[parents], row[:-1]
+        prefixes = None
+        if len(kept):
+            own = np.array([len(trees.sequences[place].ids) for place in kept.tolist()], np.int64)
+            prefixes = self.lm.prefixes(own, behind[kept])
+        level = np.zeros(len(parents), np.int64)
+        for place in np.flatnonzero(parents >= 0).tolist():
+            level[place] = level[parents[place]] + 1
+        groups = [(keep >= 0) & (level == depth) for depth in range(level.max())]
+        groups += [(keep < 0) & (level > 0), (keep < 0) & (level == 0)]
+        nll = np.empty(len(parents), np.float32)
+        for which in map(np.flatnonzero, groups):
+            if len(which):
+                chosen = [trees.sequences[place] for place in which.tolist()]
+                nll[which] = self._run_alike(chosen, prefixes, keep[which], behind[which], advance)
+        return nll
+
+    def _run_alike(
+        self,
+        sequences: Sequence[TokenSequence],
+        prefixes: Prefixes | None,
+        keep: np.ndarray,
+        behind: np.ndarray,
+        advance: Callable[[int], None],
     ) -> np.ndarray:
-        def run(chosen: list[TokenSequence], places: np.ndarray) -> torch.Tensor:
-            rows = parents[places]
-            width = int(prefixes.lengths[rows].max()) + max(len(sequence.ids) for sequence in chosen)
-            if width <= self.lm.shared_length:
-                return self.lm.response_nll(chosen, prefixes, rows)
-            # Padding between a short prefix and its continuation would push the prefix out of a sliding window.
-            alone = [self.lm.response_nll([sequence], prefixes, rows[[place]]) for place, sequence in enumerate(chosen)]
-            return torch.cat(alone)
+        """Losses float32 [B] of sequences that all become a prefix, or none, and that all continue one, or none."""
+        continues = prefixes is not None and behind[0] >= 0
+        before = prefixes.lengths[behind] if prefixes is not None and continues else np.zeros(len(sequences), np.int64)
 
-        return self._in_batches(behind, run, advance, prefixes.lengths[parents])
+        def run(chosen: list[TokenSequence], places: np.ndarray) -> torch.Tensor:
+            width = int(before[places].max()) + max(len(sequence.ids) for sequence in chosen)
+            if continues and len(places) > 1 and width > self.lm.shared_length:
+                # Padding between a short prefix and its continuation would push the prefix out of a sliding window.
+                return torch.cat([run([sequence], places[[at]]) for at, sequence in enumerate(chosen)])
+            if keep[0] >= 0:
+                return self.lm.response_nll(chosen, prefixes, keep=keep[places])
+            return self.lm.response_nll(chosen, prefixes, behind=behind[places] if continues else None)
+
+        return self._in_batches(sequences, run, advance, before)
 
     def _in_batches(
         self,
         sequences: Sequence[TokenSequence],
         run: Callable[[list[TokenSequence], np.ndarray], torch.Tensor],
         advance: Callable[[int], None],
-        before: np.ndarray | None = None,
+        before: np.ndarray,
     ) -> np.ndarray:
         """Losses float32 [B] of all sequences; results stay on the device until the last batch is under way."""
         lengths = np.array([len(sequence.ids) for sequence in sequences])
-        before = np.zeros_like(lengths) if before is None else before
         left = np.arange(len(sequences))
         done: list[tuple[np.ndarray, torch.Tensor]] = []
         while len(left):
@@ -150,9 +160,3 @@ class Runner:
         torch.cuda.empty_cache() if torch.cuda.is_available() else None
         self.batch_tokens = max(1, self.batch_tokens // 2)
         _log.warning("out of memory: going on with batches of %d tokens", self.batch_tokens)
-
-
-def _join(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    if not parts:
-        return np.empty(0, np.int64), np.empty(0, np.float32)
-    return np.concatenate([records for records, _ in parts]), np.concatenate([losses for _, losses in parts])

@@ -48,11 +48,12 @@ def test_no_pass_waits(kind: str, dtype: torch.dtype) -> None:
     short, long = sequence(12, 3), sequence(20, 4)
 
     def passes() -> list[torch.Tensor]:
-        prefixes = lm.prefixes(np.array([12, 20]))
+        prefixes = lm.prefixes(np.array([12, 20, 12]), np.array([-1, -1, 1]))
         return [
             lm.response_nll([short, long]),
-            lm.response_nll_and_keep([long, short], prefixes, np.array([1, 0])),
-            lm.response_nll([short, long], prefixes, np.array([0, 1])),
+            lm.response_nll([long, short], prefixes, keep=np.array([1, 0])),
+            lm.response_nll([short], prefixes, keep=np.array([2])),
+            lm.response_nll([short, long], prefixes, behind=np.array([0, 2])),
         ]
 
     expected = passes()  # kernels are loaded at their first call

@@ -1,0 +1,209 @@
+"""The token sequences of all passes, and what they have in common: found on the tokens, to be run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.corpus import Corpus
+from miwv_fast.forest import Passes, Unit
+from miwv_fast.ragged import Ragged
+from miwv_fast.runner import Trees
+
+# Fewer tokens in common are not worth a pass of their own.
+LEAST_SHARED = 16
+
+
+class PassSequences:
+    """The sequences of N records' passes, each cut to what is scored, with k demonstrations for each record.
+
+    One-shot passes are numbered `record * k + rank`. What passes continue are roots: root d < N is record d, and what
+    the passes with this demonstration go on with in common. Then come fronts, which are what passes with one
+    demonstration begin with where that is not the demonstration as it stands alone, and preambles, with which many of
+    all these begin. `passes` says how long they are, and what continues what.
+    """
+
+    passes: Passes
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        demonstrations: np.ndarray,
+        scored_tokens: np.ndarray,
+        zero_length: np.ndarray,
+        one_length: np.ndarray,
+        parents: np.ndarray,
+    ) -> None:
+        """`demonstrations`, `one_length`, `parents` int [N, k]; `scored_tokens`, `zero_length` int [N].
+
+        Lengths are 0 where there is no pass. A parent is a demonstration whose own sequence the pass begins with, -1
+        where there is none.
+        """
+        self._corpus = corpus
+        self._demonstrations, self._k = demonstrations.ravel(), demonstrations.shape[1]
+        self._scored_tokens = scored_tokens
+        lengths = corpus.alone.ids.lengths
+        self._longer = np.full(len(lengths), -1)  # a pass that begins with the root where that is more than its record
+        self._extra: list[np.ndarray] = []  # the tokens of all other roots
+        self.passes = Passes(zero_length, one_length.ravel(), lengths, np.full(len(lengths), -1), parents.flatten())
+
+    def share(self, shared_length: int, unit_tokens: int) -> None:
+        """Finds what can be run once by units of `unit_tokens`; nothing longer than `shared_length` shares anything."""
+        one, parent = self.passes.one, self.passes.parent
+        fits = (one > 0) & (one <= shared_length)
+        for group in self._by_demonstration(fits & (parent >= 0)):
+            if len(group) > 1:
+                self.passes.root[parent[group[0]]] = self._in_common(group)
+                self._longer[parent[group[0]]] = group[0]
+        singles: list[int] = []
+        for group in self._by_demonstration(fits & (parent < 0)):
+            common = self._in_common(group)
+            if len(group) > 1 and common >= LEAST_SHARED:
+                parent[group] = len(self._corpus.alone) + len(self._extra)
+                self._extra.append(self._one_shot(int(group[0])).ids[:common])
+            else:
+                singles += group.tolist()
+        self._share_preambles(np.array(singles, np.int64), shared_length, unit_tokens)
+
+    def _by_demonstration(self, which: np.ndarray) -> Iterator[np.ndarray]:
+        """These passes, bool [P], in groups with the same demonstration."""
+        numbers = np.flatnonzero(which)
+        numbers = numbers[np.argsort(self._demonstrations[numbers], kind="stable")]
+        if len(numbers):
+            yield from np.split(numbers, np.flatnonzero(np.diff(self._demonstrations[numbers])) + 1)
+
+    def _in_common(self, group: np.ndarray) -> int:
+        """How many tokens all passes of a group begin with, none of which is read for a target."""
+        first, *others = map(self._one_shot, group.tolist())
+        length = int(first.rows[0])
+        for other in others:
+            length = min(length, int(other.rows[0]))
+            length = int(np.argmin(np.append(first.ids[:length] == other.ids[:length], False)))
+        return length
+
+    def _share_preambles(self, singles: np.ndarray, shared_length: int, unit_tokens: int) -> None:
+        """Records, fronts and one-shot passes that continue nothing so far run behind what many of them begin with."""
+        zero, one, root, _, parent = (getattr(self.passes, field) for field in Passes.__match_args__)
+        alone, records, fronts = self._corpus.alone, len(root), len(self._extra)
+        lengths = np.append(root, [len(front) for front in self._extra]).astype(np.int64)
+        parents = parent[(one > 0) & (parent >= 0)]
+        runs = (zero > 0) & (zero <= shared_length)
+        runs[parents[parents < records]] = True
+        first = np.append(alone.spans.values[:, 0], 1)[alone.spans.offsets[:-1]]
+        whole = [sequence.ids[: sequence.rows[0]] for sequence in map(self._one_shot, singles.tolist())]
+        beginnings = alone.ids.followed_by([*(front[:-1] for front in self._extra), *whole])
+        reach = np.concatenate([np.where(runs, first - 1, 0), beginnings.lengths[records:]])
+        units = 1 + int(zero.sum() + one.sum() - lengths[parents].sum()) // unit_tokens
+        found = find_preambles(beginnings, reach, price=units)
+        of = np.where(found.of >= 0, records + fronts + found.of, -1)
+        parent[singles] = of[records + fronts :]
+        self._extra += found.tokens
+        self.passes = Passes(
+            np.append(zero, np.zeros(len(self._extra), zero.dtype)),
+            one,
+            np.append(lengths, [len(tokens) for tokens in found.tokens]).astype(np.int64),
+            np.append(of[: records + fronts], np.full(len(found.tokens), -1)),
+            parent,
+        )
+
+    def trees(self, unit: Unit) -> Trees:
+        """The sequences of a unit, each as what follows the one that it continues."""
+        place = {root: place for place, root in enumerate([*unit.preambles.tolist(), *unit.roots.tolist()])}
+        sequences: list[TokenSequence] = []
+        parents: list[int] = []
+
+        def add(sequence: TokenSequence, behind: int) -> None:
+            parents.append(place.get(behind, -1))
+            sequences.append(sequence if behind < 0 else sequence.behind(int(self.passes.root[behind])))
+
+        for root in unit.preambles.tolist():
+            add(self._root(root, scored=False), -1)
+        for root, scored in zip(unit.roots.tolist(), unit.scored.tolist(), strict=True):
+            add(self._root(root, scored), int(self.passes.preamble[root]))
+        for number in unit.children.tolist():
+            add(self._one_shot(number), int(self.passes.parent[number]))
+        for record in unit.zero_shot.tolist():
+            add(self._zero_shot(record), int(self.passes.preamble[record]))
+        for number in unit.one_shot.tolist():
+            add(self._one_shot(number), -1)
+        return Trees(sequences, np.array(parents, np.int64))
+
+    def _zero_shot(self, record: int) -> TokenSequence:
+        return self._corpus.zero_shot(record).cut(int(self._scored_tokens[record]))
+
+    def _one_shot(self, number: int) -> TokenSequence:
+        record, rank = divmod(number, self._k)
+        whole = self._corpus.one_shot(record, rank, int(self._demonstrations[number]))
+        return whole.cut(int(self._scored_tokens[record]))
+
+    def _root(self, root: int, scored: bool) -> TokenSequence:
+        """All of a root, with the targets of its record where that is scored."""
+        if root >= len(self._corpus.alone):
+            return TokenSequence(self._extra[root - len(self._corpus.alone)], _NOTHING, _NOTHING)
+        own = self._corpus.zero_shot(root).prefix(int(self._scored_tokens[root]) if scored else 0)
+        longer = int(self._longer[root])
+        if longer < 0:
+            return own
+        return TokenSequence(self._one_shot(longer).ids[: self.passes.root[root]], own.rows, own.targets)
+
+
+_NOTHING = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Preambles:
+    """What many of N sequences begin with: the words of a template, a system text.
+
+    `of` int64 [N] is the preamble of each, -1 where it has none; `tokens` int32 [length] are those of each preamble.
+    """
+
+    of: np.ndarray
+    tokens: list[np.ndarray]
+
+
+@dataclass
+class _Node:
+    """Sequences whose first `depth` tokens are the same; `parent` is the place of those among which they are."""
+
+    members: np.ndarray
+    depth: int
+    parent: int
+    price: int
+    saved_below: int = 0
+
+    @property
+    def saved(self) -> int:
+        return (len(self.members) - self.price) * self.depth if self.depth >= LEAST_SHARED else 0
+
+
+def find_preambles(ids: Ragged, reach: np.ndarray, price: int) -> Preambles:
+    """The preambles that save most tokens if each has to be run `price` times.
+
+    Of sequence i the first `reach[i]` (int64 [N]) tokens can be shared. No preamble is the beginning of another.
+    """
+    nodes = [_Node(np.flatnonzero(reach >= LEAST_SHARED), 0, -1, price)]
+    for place, node in enumerate(nodes):  # which grows
+        while len(going := node.members[reach[node.members] > node.depth]) > price:
+            tokens = ids.values[ids.offsets[going] + node.depth]
+            if len(going) < len(node.members) or (tokens != tokens[0]).any():
+                order = np.argsort(tokens, kind="stable")
+                groups = np.split(going[order], np.flatnonzero(np.diff(tokens[order])) + 1)
+                nodes += [_Node(group, node.depth + 1, place, price) for group in groups if len(group) > price]
+                break
+            node.depth += 1
+    for node in reversed(nodes[1:]):
+        nodes[node.parent].saved_below += max(node.saved, node.saved_below)
+    found = Preambles(np.full(len(ids), -1), [])
+    passed = {-1}  # nodes on the way to which nothing was taken, nor at them
+    for place, node in enumerate(nodes):
+        if node.parent not in passed:
+            continue
+        if node.saved > node.saved_below:
+            found.of[node.members] = len(found.tokens)
+            found.tokens.append(ids[int(node.members[0])][: node.depth])
+        else:
+            passed.add(place)
+    return found

@@ -1,0 +1,203 @@
+"""What passes have in common is found where it is, is worth what it costs, and changes no sequence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miwv_fast import sharing
+from miwv_fast.assembly import TokenSequence
+from miwv_fast.engine import Done
+from miwv_fast.forest import Unit
+from miwv_fast.job import Job
+from miwv_fast.neighbors import Neighbors
+from miwv_fast.progress import Progress
+from miwv_fast.ragged import Ragged
+from miwv_fast.records import read_records
+from miwv_fast.runner import Sequences, Trees, UnitResult
+from miwv_fast.sharing import find_preambles
+from miwv_fast.sources import open_source
+from miwv_fast.templates import Template, load_template
+from support import byte_level
+from test_corpus import REWRITING, assert_same, rows
+
+
+def cheapest(sequences: list[tuple[int, ...]], price: int, least: int, depth: int = 0) -> int:
+    """The most that preambles save of sequences that agree so far: here, or further on in each group."""
+    here = (len(sequences) - price) * depth if depth >= least else 0
+    going = [sequence for sequence in sequences if len(sequence) > depth]
+    groups = {sequence[depth]: [s for s in going if s[depth] == sequence[depth]] for sequence in going}
+    return max(here, sum(cheapest(group, price, least, depth + 1) for group in groups.values()))
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=7), st.integers(0, 3)), max_size=14),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_no_preambles_save_more(drawn, price, least):
+    ids = Ragged.join([np.array(tokens, np.int32) for tokens, _ in drawn])
+    reach = np.array([max(0, len(tokens) - kept) for tokens, kept in drawn], np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "LEAST_SHARED", least)
+        found = find_preambles(ids, reach, price)
+    for row, of in enumerate(found.of.tolist()):
+        if of >= 0:
+            length = len(found.tokens[of])
+            assert least <= length <= reach[row] and found.tokens[of].tolist() == ids[row][:length].tolist()
+    members = Counter(found.of[found.of >= 0].tolist())
+    assert sorted(members) == list(range(len(found.tokens)))
+    saved = sum((members[of] - price) * len(tokens) for of, tokens in enumerate(found.tokens))
+    shared = [tuple(tokens[:length]) for (tokens, _), length in zip(drawn, reach.tolist(), strict=True)]
+    assert saved == cheapest([tokens for tokens in shared if len(tokens) >= least], price, least)
+
+
+def test_beginnings_of_beginnings():
+    """Each longer by one than the one before, far more than calls of a function may be nested."""
+    ids = Ragged.join([np.zeros(length, np.int32) for length in range(3000)])
+    found = find_preambles(ids, ids.lengths, 1)
+    assert [len(tokens) for tokens in found.tokens] == [1500]
+    assert np.flatnonzero(found.of >= 0).tolist() == list(range(1500, 3000))
+
+
+class Checked:
+    """An engine that runs nothing and puts each unit's sequences together again."""
+
+    def __init__(self, expected: Callable[[bool, int], TokenSequence], shared_length: int) -> None:
+        self.facts = SimpleNamespace(batch_tokens=100, cache_tokens=400)
+        self.expected, self.shared_length = expected, shared_length
+        self.seen: Counter[tuple[bool, int]] = Counter()
+        self.trees: list[Trees] = []
+
+    def run(
+        self, units: Iterable[tuple[int, Unit]], sequences: Sequences, advance: Callable[[int], None]
+    ) -> Generator[Done]:
+        for number, unit in units:
+            trees = sequences.trees(unit)
+            self.trees.append(trees)
+            whole: list[TokenSequence] = []
+            for own, parent in zip(trees.sequences, trees.parents.tolist(), strict=True):
+                assert len(own.ids) > 0 and parent < len(whole)
+                before = whole[parent].ids if parent >= 0 else own.ids[:0]
+                whole.append(TokenSequence(np.concatenate([before, own.ids]), own.rows + len(before), own.targets))
+                assert parent < 0 or len(whole[-1].ids) <= self.shared_length
+            preambles, roots, children, zero, one = unit.parts()
+            passes = iter(whole[len(preambles) :])
+            for root, scored in zip(roots.tolist(), unit.scored.tolist(), strict=True):
+                sequence = next(passes)
+                if scored:
+                    self.check(False, root, sequence)
+                else:
+                    assert not len(sequence.rows)
+            for one_shot, numbers in ((True, children), (False, zero), (True, one)):
+                for each in numbers.tolist():
+                    self.check(one_shot, each, next(passes))
+            nothing = np.zeros(len(roots[unit.scored]) + len(zero), np.float32)
+            results = np.concatenate([roots[unit.scored], zero]), nothing
+            numbers = np.concatenate([children, one])
+            forwarded = sum(len(own.ids) for own in trees.sequences)
+            assert forwarded == sequences.passes.forwarded_tokens(unit)
+            yield Done(number, UnitResult(results, (numbers, np.zeros(len(numbers), np.float32)), forwarded, 0), 0.0)
+
+    def check(self, one_shot: bool, number: int, sequence: TokenSequence) -> None:
+        """Its scored tokens stand behind the same tokens; a root may go on behind them."""
+        expected = self.expected(one_shot, number)
+        self.seen[one_shot, number] += 1
+        assert_same(TokenSequence(sequence.ids[: len(expected.ids)], sequence.rows, sequence.targets), expected)
+
+
+def run(
+    data: list[dict[str, Any]], template: Template, neighbors: np.ndarray, limit: int | None, shared_length: int
+) -> tuple[Job, Checked]:
+    """All of a job but the model."""
+    records = read_records(open_source(data))
+    job = Job.start(records, template, limit, neighbors.shape[1])
+    job.measure_zero_shot(Progress(False))
+    index = np.where(job.pending()[:, None] & job.pending()[neighbors], neighbors, -1)
+    job.neighbors = Neighbors(index, np.zeros(index.shape, np.float32))
+    job.measure_one_shot(Progress(False), shared_length)
+
+    def expected(one_shot: bool, number: int) -> TokenSequence:
+        record, rank = divmod(number, neighbors.shape[1] if one_shot else 1)
+        if one_shot:
+            whole = template.one_shot(records[int(index[record, rank])], records[record])
+        else:
+            whole = template.zero_shot(records[record])
+        return whole.cut(int(job.scored_tokens[record]))
+
+    engine = Checked(expected, shared_length)
+    job.run(engine, Progress(False), shared_length)
+    scored = np.flatnonzero(job.pending()).tolist()
+    passes = [*((False, i) for i in scored), *((True, i) for i in np.flatnonzero(job.one_length).tolist())]
+    assert engine.seen == Counter(passes)
+    return job, engine
+
+
+@pytest.fixture(scope="module")
+def templates() -> dict[str, Template]:
+    rewriting = byte_level()
+    rewriting.chat_template = REWRITING
+    made = {name: load_template(name, byte_level(), include_eos=True) for name in ("alpaca", "plain", "chat")}
+    return made | {"rewriting": load_template("chat", rewriting)}
+
+
+@pytest.mark.parametrize("name", ["alpaca", "plain", "chat", "rewriting"])
+@settings(max_examples=25)
+@given(
+    data=st.lists(rows(), min_size=2, max_size=9),
+    seed=st.integers(0, 2**32 - 1),
+    k=st.integers(1, 3),
+    limit=st.none() | st.integers(20, 300),
+    shared_length=st.sampled_from([0, 60, 10**9]),
+)
+def test_every_sequence_is_its_own(templates, name, data, seed, k, limit, shared_length):
+    """Whatever a unit shares: put together again, each pass is what the template writes, once."""
+    generator = np.random.default_rng(seed)
+    others = np.stack([generator.permutation(len(data) - 1) for _ in data])[:, :k]
+    neighbors = np.where(others >= np.arange(len(data))[:, None], others + 1, others)
+    try:
+        run(data, templates[name], neighbors, limit, shared_length)
+    except ValueError as error:
+        assert "records" in str(error) or "readable" in str(error)
+
+
+def chain(count: int) -> np.ndarray:
+    """Each demonstrates with the next; the last with the first."""
+    return ((np.arange(count) + 1) % count)[:, None]
+
+
+@pytest.mark.parametrize("name", ["chat", "rewriting"])
+def test_a_system_text_is_run_once_a_unit(templates, name):
+    """By zero-shot passes and roots, and by whole one-shot passes where the template rewrites its history."""
+    system = "Answer as a pirate would, in one line. " * 5
+    data = [{"system": system, "instruction": f"{i} times {i}?", "output": "Aye."} for i in range(40)]
+    _, engine = run(data, templates[name], chain(40), None, 10**9)
+    assert len(engine.trees) > 1
+    for trees in engine.trees:
+        (first,) = np.flatnonzero(trees.parents < 0)
+        assert system in templates[name].encoder.decode(trees.sequences[first].ids)
+
+
+def test_children_share_what_they_go_on_with(templates):
+    """Behind a demonstration the template's words stand once."""
+    data = [{"instruction": text, "output": "x"} for text in ("a b c", "d e f", "g h i", "j k l")]
+    _, engine = run(data, templates["alpaca"], np.array([[1], [0], [0], [0]]), None, 10**9)
+    decode = templates["alpaca"].encoder.decode
+    written = "".join(decode(own.ids) for trees in engine.trees for own in trees.sequences)
+    # Before all that a unit holds, trees or the two records that demonstrate nothing; and behind records 0 and 1.
+    assert len(engine.trees) == 2
+    assert written.count("Below is an instruction") == 2 + 1 + 1
+
+
+def test_nothing_is_shared_that_is_not_worth_a_pass(templates):
+    """`User: ` is common to all, and too short."""
+    data = [{"instruction": f"{letter} what?", "output": "x"} for letter in "abcdefgh"]
+    _, engine = run(data, templates["plain"], chain(8), None, 10**9)
+    assert sum((trees.parents < 0).sum() for trees in engine.trees) == 8
