@@ -49,6 +49,11 @@ def graphs(draw):
     of = generator.integers(-1, preambles, n)
     shorter = length[of] < np.minimum(np.where(zero > 0, zero, prefix), prefix) if preambles else False
     of = np.where(shorter, np.where(of >= 0, n + of, -1), -1)
+    if preambles:
+        behind = n + generator.integers(0, preambles, n)
+        moved = (generator.random(n) < 0.2) & (one > 0)
+        parent = np.where(moved, behind, parent)
+        one = np.where(moved, length[behind - n] + continuation, one)
     nothing = np.zeros(preambles, np.int64)
     return Passes(np.append(zero, nothing), one, np.append(prefix, length), np.append(of, nothing - 1), parent)
 
@@ -64,7 +69,8 @@ def test_every_pass_is_run_exactly_once(passes, cache_tokens, unit_tokens):
     assert sorted(one_runs) == np.flatnonzero(one > 0).tolist()
     for unit in units:
         assert len(set(unit.roots.tolist())) == len(unit.roots)
-        assert set(parent[unit.children].tolist()) == set(unit.roots.tolist())
+        parents, preambles = set(parent[unit.children].tolist()), set(unit.preambles.tolist())
+        assert parents - preambles == set(unit.roots.tolist()) and not preambles & set(unit.roots.tolist())
         assert (parent[unit.one_shot] < 0).all()
         wanted = {*passes.preamble[unit.roots].tolist(), *passes.preamble[unit.zero_shot].tolist()} - {-1}
         assert sorted(wanted) == unit.preambles.tolist()

@@ -163,7 +163,9 @@ def test_every_sequence_is_its_own(templates, name, data, seed, k, limit, shared
     others = np.stack([generator.permutation(len(data) - 1) for _ in data])[:, :k]
     neighbors = np.where(others >= np.arange(len(data))[:, None], others + 1, others)
     try:
-        run(data, templates[name], neighbors, limit, shared_length)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharing, "LEAST_SHARED", 2)
+            run(data, templates[name], neighbors, limit, shared_length)
     except ValueError as error:
         assert "records" in str(error) or "readable" in str(error)
 

@@ -32,8 +32,8 @@ class Unit:
 
     `preambles` and `roots` are not scored for their own sake: their keys and values are kept. A root runs behind its
     preamble where it has one; `scored`, bool, says for which roots, as records, this unit gives the zero-shot loss.
-    `children` are one-shot passes run behind their parents, all of which are among `roots`. `zero_shot` (records) run
-    behind their preambles or whole, `one_shot` (passes) whole.
+    `children` are one-shot passes run behind their parents, all of which are among these two. `zero_shot` (records)
+    run behind their preambles or whole, `one_shot` (passes) whole.
     """
 
     preambles: np.ndarray
@@ -121,8 +121,9 @@ def _plan_trees(passes: Passes, cache_tokens: int, unit_tokens: int) -> Iterator
 
     def unit() -> Unit:
         kept = np.array(roots, np.int64)
-        continuations = np.array(held, np.int64)
-        return Unit(_used(passes.preamble[kept]), kept, np.array(scored, bool), continuations, nothing, nothing)
+        preambles = _used(passes.preamble[kept])
+        own = ~np.isin(kept, preambles)
+        return Unit(preambles, kept[own], np.array(scored, bool)[own], np.array(held, np.int64), nothing, nothing)
 
     for child in children[order].tolist():
         root = int(parent[child])

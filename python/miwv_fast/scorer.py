@@ -86,9 +86,9 @@ def score(
             halved when memory runs out.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
-        share_prefix: Whether to run what passes begin with in common once, above all demonstrations, and the rest behind
-            the kept keys and values: the same scores to rounding for two thirds of the tokens or fewer. Where the model
-            does not allow it, it is not done; where a chat template rewrites earlier turns, less is saved.
+        share_prefix: Whether to run what passes begin with in common, demonstrations above all, once, and the rest
+            behind the kept keys and values: the same scores to rounding for two thirds of the tokens or fewer. Where
+            the model does not allow it, it is not done; where a chat template rewrites earlier turns, less is saved.
         output: A folder for the run, or the URL of one in a store that fsspec knows (s3://, gs://): `scores.parquet`,
             `manifest.json`, `rejected.jsonl`, and what it takes to go on after an interruption. Without it nothing is
             written.

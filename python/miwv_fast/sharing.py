@@ -60,8 +60,7 @@ class PassSequences:
                 self._longer[parent[group[0]]] = group[0]
         singles: list[int] = []
         for group in self._by_demonstration(fits & (parent < 0)):
-            common = self._in_common(group)
-            if len(group) > 1 and common >= LEAST_SHARED:
+            if len(group) > 1 and (common := self._in_common(group)) >= LEAST_SHARED:
                 parent[group] = len(self._corpus.alone) + len(self._extra)
                 self._extra.append(self._one_shot(int(group[0])).ids[:common])
             else:
@@ -86,27 +85,27 @@ class PassSequences:
 
     def _share_preambles(self, singles: np.ndarray, shared_length: int, unit_tokens: int) -> None:
         """Records, fronts and one-shot passes that continue nothing so far run behind what many of them begin with."""
-        zero, one, root, _, parent = (getattr(self.passes, field) for field in Passes.__match_args__)
-        alone, records, fronts = self._corpus.alone, len(root), len(self._extra)
-        lengths = np.append(root, [len(front) for front in self._extra]).astype(np.int64)
-        parents = parent[(one > 0) & (parent >= 0)]
-        runs = (zero > 0) & (zero <= shared_length)
+        alone, known, records = self._corpus.alone, self.passes, len(self._corpus.alone)
+        roots = records + len(self._extra)
+        lengths = np.append(known.root, np.array([len(front) for front in self._extra], np.int64))
+        parents = known.parent[(known.one > 0) & (known.parent >= 0)]
+        runs = (known.zero > 0) & (known.zero <= shared_length)
         runs[parents[parents < records]] = True
         first = np.append(alone.spans.values[:, 0], 1)[alone.spans.offsets[:-1]]
         whole = [sequence.ids[: sequence.rows[0]] for sequence in map(self._one_shot, singles.tolist())]
         beginnings = alone.ids.followed_by([*(front[:-1] for front in self._extra), *whole])
         reach = np.concatenate([np.where(runs, first - 1, 0), beginnings.lengths[records:]])
-        units = 1 + int(zero.sum() + one.sum() - lengths[parents].sum()) // unit_tokens
+        units = 1 + int(known.zero.sum() + known.one.sum() - lengths[parents].sum()) // unit_tokens
         found = find_preambles(beginnings, reach, price=units)
-        of = np.where(found.of >= 0, records + fronts + found.of, -1)
-        parent[singles] = of[records + fronts :]
+        of = np.where(found.of >= 0, roots + found.of, -1)
+        known.parent[singles] = of[roots:]
         self._extra += found.tokens
         self.passes = Passes(
-            np.append(zero, np.zeros(len(self._extra), zero.dtype)),
-            one,
-            np.append(lengths, [len(tokens) for tokens in found.tokens]).astype(np.int64),
-            np.append(of[: records + fronts], np.full(len(found.tokens), -1)),
-            parent,
+            zero=np.append(known.zero, np.zeros(len(self._extra), known.zero.dtype)),
+            one=known.one,
+            root=np.append(lengths, np.array([len(tokens) for tokens in found.tokens], np.int64)),
+            preamble=np.append(of[:roots], np.full(len(found.tokens), -1)),
+            parent=known.parent,
         )
 
     def trees(self, unit: Unit) -> Trees:
