@@ -45,8 +45,8 @@ with atheris.instrument_imports(include=["miwv_fast"]) if atheris else nullconte
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEMPLATES = ("alpaca", "plain", "chat")
 KEYS = (
-    *("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations", "system"),
-    *("context", "id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
+    *("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations"),
+    *("system", "history", "context", "id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
 )
 TEXTS = (
     *("", " ", "\n", "a", "\0", "\ud800", "\u2028", "\ufeff", "\ufdd00\ufdd1", "😀", "e\u0301", "x" * 300, "0"),

@@ -177,6 +177,16 @@ def test_a_system_text_goes_to_the_trainers():
     assert chat[0] == {"role": "system", "content": "Be kind."} and len(chat) == 2
 
 
+def test_earlier_turns_go_to_the_trainers():
+    rows = make_rows("alpaca", 2)
+    rows[1]["history"] = [["a", "b"]]
+    entry = llama_factory_entry("s.jsonl", rows)
+    assert entry["columns"]["history"] == "history"
+    assert "history" not in llama_factory_entry("s.jsonl", rows[:1])["columns"]
+    made = trl_records(rows, {"name": "alpaca", "source": ALPACA})
+    assert [[message["content"] for message in row["messages"]][:-2] for row in made] == [[], ["a", "b"]]
+
+
 def test_what_a_trainer_gets(tmp_path):
     manifest = {"model": {"name": "some model"}, "template": {"name": "alpaca", "source": ALPACA}}
     rows = make_rows("alpaca", 3)

@@ -81,6 +81,19 @@ def test_a_system_text_beside_the_rest(row):
     assert parse_record(row | {"system": None}).system == ""
 
 
+@pytest.mark.parametrize(
+    "row", [{"instruction": "c", "input": "1", "output": "d"}, {"prompt": "c\n1", "response": "d"}]
+)
+def test_earlier_turns(row):
+    """As LLaMA-Factory reads them: before the pair, their responses scored as well."""
+    for history in ([["a", "b"], ("", "")], np.array([["a", "b"], ["", ""]], object)):
+        record = parse_record(row | {"history": history, "system": "Be kind."})
+        assert record.turns[:2] == (Turn("a", "", "b"), Turn("", "", ""))
+        assert record.turns[2].prompt == "c\n1" and len(record.turns) == 3
+        assert (record.system, record.embedded_text) == ("Be kind.", "a\n\nc\n1")
+    assert parse_record(row | {"history": None}) == parse_record(row | {"history": []}) == parse_record(row)
+
+
 def test_conversation():
     said = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     record = parse_record({"id": 12, "messages": messages(*said)})
@@ -121,6 +134,17 @@ def test_text_is_never_stripped():
         ({"messages": messages(("user", "a"), ("assistant", "b"), ("system", "c"))}, "only come first"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be scored"),
         ({"messages": []}, "no user message"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "'history' should be a list of pairs, it is str 'c'"),
+        (
+            {"instruction": "a", "output": "b", "history": ["cd"]},
+            r"'history\[0\]' should be a list of an instruction and",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\] should be .* it has 1 item"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"], ["e", 5]]},
+            r"history\[1\].response' should be text",
+        ),
+        ({"prompt": "a", "response": "b", "history": np.array(3)}, "'history' should be a list of pairs"),
     ],
 )
 def test_malformed(row, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -56,7 +56,8 @@ def parse_record(value: object, index: int = 0) -> Record:
 
     Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), `prompt` with
     `completion` or `response`, OpenAI `messages`, ShareGPT `conversations`; with any of them the text of `system`,
-    unless the conversation has its own. Raises MalformedRecord (a ValueError) that says what is wrong.
+    unless the conversation has its own, and with the first two the turns of `history` before it, a list of pairs, as
+    LLaMA-Factory has it. Raises MalformedRecord (a ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -68,7 +69,7 @@ def parse_record(value: object, index: int = 0) -> Record:
     if isinstance(shape, Pair):
         input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
         turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
-        return Record(index, record_id, beside, (turn,))
+        return Record(index, record_id, beside, (*_read_history(value.get("history")), turn))
     if shape == "messages":
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
     else:
@@ -137,14 +138,8 @@ def _own_id(value: object) -> str | None:
 
 def _read_conversation(messages: object, name: str, role_key: str, text_key: str) -> tuple[str, tuple[Turn, ...]]:
     """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
-    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
-        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}")
-    try:
-        messages = list(messages)
-    except TypeError:  # an array without dimensions
-        raise MalformedRecord(f"{name!r} should be a list of messages, it is {_describe(messages)}") from None
     system, turns, user = "", [], None
-    for position, message in enumerate(messages):
+    for position, message in enumerate(_as_list(messages, name, "messages")):
         where = f"{name}[{position}]"
         if not isinstance(message, Mapping):
             raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")
@@ -171,6 +166,27 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
             raise MalformedRecord(f"{name!r} has no user message")
         turns.append(Turn(user, "", ""))
     return system, tuple(turns)
+
+
+def _read_history(history: object) -> Iterator[Turn]:
+    """Earlier turns: pairs of instruction and response."""
+    for position, pair in enumerate(_as_list(history, "history", "pairs") if history is not None else ()):
+        where = f"history[{position}]"
+        said = _as_list(pair, where, "an instruction and a response")
+        if len(said) != 2:
+            raise MalformedRecord(f"{where} should be an instruction and a response, it has {len(said)} items")
+        yield Turn(
+            _text({"instruction": said[0]}, "instruction", where), "", _text({"response": said[1]}, "response", where)
+        )
+
+
+def _as_list(value: object, name: str, what: str) -> list[Any]:
+    try:
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            return list(value)
+    except TypeError:  # an array without dimensions
+        pass
+    raise MalformedRecord(f"{name!r} should be a list of {what}, it is {_describe(value)}")
 
 
 def _content(message: Mapping[str, Any], key: str, where: str) -> str:

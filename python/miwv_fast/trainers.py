@@ -74,6 +74,8 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     columns = {"prompt": shape.instruction, "response": shape.response, **system}
     if inputs := [name for name in shape.inputs if any(row.get(name) for row in rows)]:
         columns["query"] = _one(inputs, "fields of an input")
+    if any(len(parse_record(row).turns) > 1 for row in rows):
+        columns["history"] = "history"
     return {"file_name": file, "columns": columns}
 
 
@@ -108,10 +110,14 @@ def trl_records(rows: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) 
     """The records as TRL's SFT trainer reads them.
 
     Single pairs become `prompt` and `completion`: text by the run's template (`name` and `source` in its manifest), or
-    lists of messages where that is `chat`. Where there are conversations, all become `messages`.
+    lists of messages where that is `chat`. Where there are conversations, or pairs with a history, all become
+    `messages`.
     """
     records = [parse_record(row) for row in rows]
-    if not all(isinstance(recognize(row), Pair) for row in rows):
+    single = (
+        len(record.turns) == 1 and isinstance(recognize(row), Pair) for record, row in zip(records, rows, strict=True)
+    )
+    if not all(single):
         return [{"messages": _messages(record)} for record in records]
     if template["name"] == "chat":
         messages = [_messages(record) for record in records]
