@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("ray", reason="ray is not installed")
 
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 import miwv_fast
@@ -42,6 +43,15 @@ ON_RAY = {"engine": "ray", "workers": 2}
 def small_units(monkeypatch):
     """Many units, so that there is something between the first and the last."""
     monkeypatch.setattr(job, "UNIT_BATCHES", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the workers have: with two, torch rounds some shapes otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
