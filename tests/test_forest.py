@@ -75,7 +75,8 @@ def test_every_pass_is_run_exactly_once(passes, cache_tokens, unit_tokens):
         wanted = {*passes.preamble[unit.roots].tolist(), *passes.preamble[unit.zero_shot].tolist()} - {-1}
         assert sorted(wanted) == unit.preambles.tolist()
         own = (prefix - before)[unit.roots].sum()
-        assert len(unit.roots) <= 1 or own <= cache_tokens
+        kept = own + prefix[unit.preambles].sum()
+        assert kept <= cache_tokens or (len(unit.roots) <= 1 and len(unit.preambles) <= 1)
         single = len(unit.children) + len(unit.zero_shot) + len(unit.one_shot) == 1
         tokens = own + (one[unit.children] - prefix[parent[unit.children]]).sum()
         tokens += (zero - before)[unit.zero_shot].sum() + one[unit.one_shot].sum()
@@ -94,6 +95,23 @@ def test_a_hub_is_split_and_scored_once():
     holding = [unit for unit in units if 0 in unit.roots]
     assert len(holding) > 5
     assert sum(unit.scored[unit.roots == 0].sum() for unit in holding) == 1
+
+
+def test_preambles_take_room_as_roots_do():
+    """Each record behind a long one of its own: a unit keeps as many as fit."""
+    n = 60
+    nothing = np.zeros(n, np.int64)
+    for parent in (np.full(n, -1), np.arange(n) ^ 1):
+        passes = Passes(
+            zero=np.append(np.full(n, 210), nothing),
+            one=np.where(parent >= 0, 260, 0),
+            root=np.append(np.full(n, 210), np.full(n, 200)),
+            preamble=np.append(n + np.arange(n), nothing - 1),
+            parent=parent,
+        )
+        units = plan_units(passes, cache_tokens=1000, unit_tokens=10_000)
+        kept = [passes.root[unit.preambles].sum() + 10 * len(unit.roots) for unit in units]
+        assert max(kept) <= 1000 and sum(len(unit.preambles) for unit in units) == n and len(units) <= n / 4
 
 
 def alpaca_like(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -81,8 +81,8 @@ class Passes:
 def plan_units(passes: Passes, *, cache_tokens: int, unit_tokens: int) -> list[Unit]:
     """Trees and single sequences, packed into units.
 
-    A unit keeps at most `cache_tokens` of prefixes (at least one, and preambles beside them) and forwards about
-    `unit_tokens`; a root with more children than that is run again in the next unit, where it is not scored.
+    A unit keeps at most `cache_tokens` of roots and preambles (at least one of each) and forwards about `unit_tokens`
+    beside its preambles; a root with more children than that is run again in the next unit, where it is not scored.
     """
     units = list(_plan_trees(passes, cache_tokens, unit_tokens))
     is_root = np.zeros(len(passes.root), bool)
@@ -95,11 +95,29 @@ def plan_units(passes: Passes, *, cache_tokens: int, unit_tokens: int) -> list[U
         records = records[np.argsort(-length[records], kind="stable")]
         ends = np.searchsorted(np.cumsum(length[records]), np.arange(unit_tokens, length[records].sum(), unit_tokens))
         for part in np.split(records, ends):
-            if len(part):
-                pair = (part, nothing) if kind == 0 else (nothing, part)
-                preambles = _used(passes.preamble[pair[0]])
-                units.append(Unit(preambles, nothing, nothing.astype(bool), nothing, *pair))
+            if kind == 0:
+                for zero_shot in _split_by_preambles(part, passes, cache_tokens):
+                    preambles = _used(passes.preamble[zero_shot])
+                    units.append(Unit(preambles, nothing, nothing.astype(bool), nothing, zero_shot, nothing))
+            elif len(part):
+                units.append(Unit(nothing, nothing, nothing.astype(bool), nothing, nothing, part))
     return units
+
+
+def _split_by_preambles(records: np.ndarray, passes: Passes, cache_tokens: int) -> Iterator[np.ndarray]:
+    """The records in turn, as many at a time as there is room for their preambles; at least one."""
+    begin = cached = 0
+    held: set[int] = set()
+    for place, preamble in enumerate(passes.preamble[records].tolist()):
+        if preamble < 0 or preamble in held:
+            continue
+        if place > begin and cached + int(passes.root[preamble]) > cache_tokens:
+            yield records[begin:place]
+            begin, cached, held = place, 0, set()
+        held.add(preamble)
+        cached += int(passes.root[preamble])
+    if len(records):
+        yield records[begin:]
 
 
 def _used(preambles: np.ndarray) -> np.ndarray:
@@ -115,29 +133,35 @@ def _plan_trees(passes: Passes, cache_tokens: int, unit_tokens: int) -> Iterator
     roots: list[int] = []
     scored: list[bool] = []
     held: list[int] = []
+    preambles: set[int] = set()
     cached = forwarded = 0
     last_root = -1
     nothing = np.empty(0, np.int64)
 
     def unit() -> Unit:
         kept = np.array(roots, np.int64)
-        preambles = _used(passes.preamble[kept])
-        own = ~np.isin(kept, preambles)
-        return Unit(preambles, kept[own], np.array(scored, bool)[own], np.array(held, np.int64), nothing, nothing)
+        used = _used(passes.preamble[kept])
+        other = ~np.isin(kept, used)
+        return Unit(used, kept[other], np.array(scored, bool)[other], np.array(held, np.int64), nothing, nothing)
+
+    def room(root: int) -> int:
+        preamble = int(passes.preamble[root])
+        return int(own[root]) + (int(length[preamble]) if preamble >= 0 and preamble not in preambles else 0)
 
     for child in children[order].tolist():
         root = int(parent[child])
         new = not roots or root != roots[-1]
-        grown = cached + (int(own[root]) if new else 0)
+        grown = cached + (room(root) if new else 0)
         if held and (grown > cache_tokens or forwarded >= unit_tokens):
             yield unit()
-            roots, scored, held = [], [], []
+            roots, scored, held, preambles = [], [], [], set()
             cached = forwarded = 0
             new = True
         if new:
             roots.append(root)
             scored.append(root != last_root and bool(passes.zero[root] > 0))
-            cached += int(own[root])
+            cached += room(root)
+            preambles.add(int(passes.preamble[root]))
             forwarded += int(own[root])
             last_root = root
         held.append(child)

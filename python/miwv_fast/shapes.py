@@ -170,7 +170,9 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
 
 def _read_history(history: object) -> Iterator[Turn]:
     """Earlier turns: pairs of instruction and response."""
-    for position, pair in enumerate(_as_list(history, "history", "pairs") if history is not None else ()):
+    if history is None or (isinstance(history, str) and not history):  # as an empty field of a CSV file is
+        return
+    for position, pair in enumerate(_as_list(history, "history", "pairs")):
         where = f"history[{position}]"
         said = _as_list(pair, where, "an instruction and a response")
         if len(said) != 2:

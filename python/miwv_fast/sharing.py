@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -165,17 +166,16 @@ class Preambles:
 
 @dataclass
 class _Node:
-    """Sequences whose first `depth` tokens are the same; `parent` is the place of those among which they are."""
+    """Sequences `begin` to `end` of an order, whose first `depth` tokens are the same; `parent`: those among which."""
 
-    members: np.ndarray
+    begin: int
+    end: int
     depth: int
     parent: int
-    price: int
     saved_below: int = 0
 
-    @property
-    def saved(self) -> int:
-        return (len(self.members) - self.price) * self.depth if self.depth >= LEAST_SHARED else 0
+    def saved(self, price: int) -> int:
+        return (self.end - self.begin - price) * self.depth if self.depth >= LEAST_SHARED else 0
 
 
 def find_preambles(ids: Ragged, reach: np.ndarray, price: int) -> Preambles:
@@ -183,26 +183,34 @@ def find_preambles(ids: Ragged, reach: np.ndarray, price: int) -> Preambles:
 
     Of sequence i the first `reach[i]` (int64 [N]) tokens can be shared. No preamble is the beginning of another.
     """
-    nodes = [_Node(np.flatnonzero(reach >= LEAST_SHARED), 0, -1, price)]
+    order = np.flatnonzero(reach >= LEAST_SHARED)
+    nodes = [_Node(0, len(order), 0, -1)]
     for place, node in enumerate(nodes):  # which grows
-        while len(going := node.members[reach[node.members] > node.depth]) > price:
-            tokens = ids.values[ids.offsets[going] + node.depth]
-            if len(going) < len(node.members) or (tokens != tokens[0]).any():
-                order = np.argsort(tokens, kind="stable")
-                groups = np.split(going[order], np.flatnonzero(np.diff(tokens[order])) + 1)
-                nodes += [_Node(group, node.depth + 1, place, price) for group in groups if len(group) > price]
-                break
-            node.depth += 1
+        members = order[node.begin : node.end]  # a view: sorting them leaves every node its own
+        while (goes_on := reach[members] > node.depth).sum() > price:
+            tokens = np.full(len(members), -1)
+            tokens[goes_on] = ids.values[ids.offsets[members[goes_on]] + node.depth]
+            if (tokens == tokens[0]).all():
+                node.depth += 1
+                continue
+            by_token = np.argsort(tokens, kind="stable")
+            members[:], tokens = members[by_token], tokens[by_token]
+            cuts = node.begin + np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
+            for begin, end in pairwise(cuts.tolist()):
+                if end - begin > price:
+                    nodes.append(_Node(begin, end, node.depth + 1, place))
+            break
     for node in reversed(nodes[1:]):
-        nodes[node.parent].saved_below += max(node.saved, node.saved_below)
+        nodes[node.parent].saved_below += max(node.saved(price), node.saved_below)
     found = Preambles(np.full(len(ids), -1), [])
     passed = {-1}  # nodes on the way to which nothing was taken, nor at them
     for place, node in enumerate(nodes):
         if node.parent not in passed:
             continue
-        if node.saved > node.saved_below:
-            found.of[node.members] = len(found.tokens)
-            found.tokens.append(ids[int(node.members[0])][: node.depth])
+        if node.saved(price) > node.saved_below:
+            members = order[node.begin : node.end]
+            found.of[members] = len(found.tokens)
+            found.tokens.append(ids[int(members[0])][: node.depth])
         else:
             passed.add(place)
     return found
