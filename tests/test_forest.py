@@ -97,6 +97,16 @@ def test_a_hub_is_split_and_scored_once():
     assert sum(unit.scored[unit.roots == 0].sum() for unit in holding) == 1
 
 
+def test_a_root_that_alone_is_too_much_is_not_run_for_every_child():
+    n = 400
+    parent = np.zeros(n, np.int64)
+    parent[0] = 1
+    zero = np.where(np.arange(n) == 0, 2000, 10)
+    passes = Passes(zero, zero[parent] + 10, zero, np.full(n, -1), parent)
+    units = plan_units(passes, cache_tokens=1000, unit_tokens=5000)
+    assert sum(0 in unit.roots for unit in units) <= 3 and sum(map(passes.forwarded_tokens, units)) < 3 * 2000 + n * 20
+
+
 def test_preambles_take_room_as_roots_do():
     """Each record behind a long one of its own: a unit keeps as many as fit."""
     n = 60

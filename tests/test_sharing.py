@@ -22,49 +22,53 @@ from miwv_fast.progress import Progress
 from miwv_fast.ragged import Ragged
 from miwv_fast.records import read_records
 from miwv_fast.runner import Sequences, Trees, UnitResult
-from miwv_fast.sharing import find_preambles
+from miwv_fast.sharing import LEAST_UNITS, find_preambles
 from miwv_fast.sources import open_source
 from miwv_fast.templates import Template, load_template
 from support import byte_level
 from test_corpus import REWRITING, assert_same, rows
 
 
-def cheapest(sequences: list[tuple[int, ...]], price: int, least: int, depth: int = 0) -> int:
-    """The most that preambles save of sequences that agree so far: here, or further on in each group."""
-    here = (len(sequences) - price) * depth if depth >= least else 0
-    going = [sequence for sequence in sequences if len(sequence) > depth]
-    groups = {sequence[depth]: [s for s in going if s[depth] == sequence[depth]] for sequence in going}
-    return max(here, sum(cheapest(group, price, least, depth + 1) for group in groups.values()))
+def most_saved(sequences: list[tuple[tuple[int, ...], int]], least: int, depth: int = 0) -> int:
+    """The most that preambles save of (what can be shared, tokens in all) that agree so far: here, or in each group."""
+    units = LEAST_UNITS + sum(tokens for _, tokens in sequences) // UNIT
+    here = (len(sequences) - units) * depth if depth >= least else 0
+    going = [sequence for sequence in sequences if len(sequence[0]) > depth]
+    groups = {sequence[depth]: [s for s in going if s[0][depth] == sequence[depth]] for sequence, _ in going}
+    return max(here, sum(most_saved(group, least, depth + 1) for group in groups.values()))
+
+
+UNIT = 10
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=7), st.integers(0, 3)), max_size=14),
-    st.integers(1, 4),
+    st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=7), st.integers(0, 3), st.integers(0, 12)), max_size=16),
     st.integers(1, 4),
 )
-def test_no_preambles_save_more(drawn, price, least):
-    ids = Ragged.join([np.array(tokens, np.int32) for tokens, _ in drawn])
-    reach = np.array([max(0, len(tokens) - kept) for tokens, kept in drawn], np.int64)
+def test_no_preambles_save_more(drawn, least):
+    ids = Ragged.join([np.array(tokens, np.int32) for tokens, _, _ in drawn])
+    reach = np.array([max(0, len(tokens) - kept) for tokens, kept, _ in drawn], np.int64)
+    tokens = np.array([each for _, _, each in drawn], np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "LEAST_SHARED", least)
-        found = find_preambles(ids, reach, price)
-    for row, of in enumerate(found.of.tolist()):
-        if of >= 0:
-            length = len(found.tokens[of])
-            assert least <= length <= reach[row] and found.tokens[of].tolist() == ids[row][:length].tolist()
-    members = Counter(found.of[found.of >= 0].tolist())
-    assert sorted(members) == list(range(len(found.tokens)))
-    saved = sum((members[of] - price) * len(tokens) for of, tokens in enumerate(found.tokens))
-    shared = [tuple(tokens[:length]) for (tokens, _), length in zip(drawn, reach.tolist(), strict=True)]
-    assert saved == cheapest([tokens for tokens in shared if len(tokens) >= least], price, least)
+        found = find_preambles(ids, reach, tokens, UNIT)
+    saved = 0
+    for number, preamble in enumerate(found.tokens):
+        rows = np.flatnonzero(found.of == number)
+        for row in rows.tolist():
+            assert least <= len(preamble) <= reach[row] and preamble.tolist() == ids[row][: len(preamble)].tolist()
+        saved += (len(rows) - LEAST_UNITS - int(tokens[rows].sum()) // UNIT) * len(preamble)
+    assert found.of.max(initial=-1) < len(found.tokens)
+    shared = [(tuple(whole[:length]), each) for (whole, _, each), length in zip(drawn, reach.tolist(), strict=True)]
+    assert saved == most_saved([sequence for sequence in shared if len(sequence[0]) >= least], least)
 
 
 def test_beginnings_of_beginnings():
     """Each longer by one than the one before, far more than calls of a function may be nested."""
     ids = Ragged.join([np.zeros(length, np.int32) for length in range(3000)])
-    found = find_preambles(ids, ids.lengths, 1)
-    assert [len(tokens) for tokens in found.tokens] == [1500]
-    assert np.flatnonzero(found.of >= 0).tolist() == list(range(1500, 3000))
+    found = find_preambles(ids, ids.lengths, np.zeros(3000, np.int64), UNIT)
+    assert [len(tokens) for tokens in found.tokens] == [1499]  # by 1501 sequences, twice: not saving less than 1500
+    assert np.flatnonzero(found.of >= 0).tolist() == list(range(1499, 3000))
 
 
 class Checked:
@@ -192,10 +196,23 @@ def test_children_share_what_they_go_on_with(templates):
     data = [{"instruction": text, "output": "x"} for text in ("a b c", "d e f", "g h i", "j k l")]
     _, engine = run(data, templates["alpaca"], np.array([[1], [0], [0], [0]]), None, 10**9)
     decode = templates["alpaca"].encoder.decode
-    written = "".join(decode(own.ids) for trees in engine.trees for own in trees.sequences)
-    # Before all that a unit holds, trees or the two records that demonstrate nothing; and behind records 0 and 1.
-    assert len(engine.trees) == 2
-    assert written.count("Below is an instruction") == 2 + 1 + 1
+    (trees,) = engine.trees
+    written = "".join(decode(own.ids) for own in trees.sequences)
+    assert written.count("Below is an instruction") == 1 + 1 + 1  # before all, and behind records 0 and 1
+
+
+@pytest.mark.parametrize("name", ["chat", "rewriting"])
+def test_what_begins_with_the_same_system_text_stands_together(templates, name):
+    """Each of many is run once or twice, though there are far more units."""
+    generator = np.random.default_rng(0)
+    systems = [" ".join(generator.choice(["who", "what", "where", "why"], 30)) for _ in range(24)]
+    data = [{"system": systems[i % 24], "instruction": f"{i} times {i}?", "output": "Aye."} for i in range(240)]
+    neighbors = (np.arange(240) + 24) % 240
+    _, engine = run(data, templates[name], neighbors[:, None], None, 10**9)
+    decode = templates[name].encoder.decode
+    written = ["".join(decode(own.ids) for own in trees.sequences) for trees in engine.trees]
+    assert len(written) > 20
+    assert max(sum(text.count(system) for text in written) for system in systems) <= LEAST_UNITS
 
 
 def test_nothing_is_shared_that_is_not_worth_a_pass(templates):

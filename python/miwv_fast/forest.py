@@ -25,6 +25,8 @@ GPU_BATCH_OVERHEAD = 128
 PREFIX_TOKENS = 32
 PREFIXES = 8
 
+_NOTHING = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -79,95 +81,92 @@ class Passes:
 
 
 def plan_units(passes: Passes, *, cache_tokens: int, unit_tokens: int) -> list[Unit]:
-    """Trees and single sequences, packed into units.
+    """All passes, packed into units.
 
     A unit keeps at most `cache_tokens` of roots and preambles (at least one of each) and forwards about `unit_tokens`
     beside its preambles; a root with more children than that is run again in the next unit, where it is not scored.
+    What shares a preamble stands together, so that few units run the same one.
     """
     units = list(_plan_trees(passes, cache_tokens, unit_tokens))
-    is_root = np.zeros(len(passes.root), bool)
-    is_root[passes.parent[(passes.parent >= 0) & (passes.one > 0)]] = True
-    zero = passes.zero - np.where(passes.zero > 0, passes.before, 0)
-    singles = [(np.flatnonzero((zero > 0) & ~is_root), zero)]
-    singles += [(np.flatnonzero((passes.one > 0) & (passes.parent < 0)), passes.one)]
-    nothing = np.empty(0, np.int64)
-    for kind, (records, length) in enumerate(singles):
-        records = records[np.argsort(-length[records], kind="stable")]
-        ends = np.searchsorted(np.cumsum(length[records]), np.arange(unit_tokens, length[records].sum(), unit_tokens))
-        for part in np.split(records, ends):
-            if kind == 0:
-                for zero_shot in _split_by_preambles(part, passes, cache_tokens):
-                    preambles = _used(passes.preamble[zero_shot])
-                    units.append(Unit(preambles, nothing, nothing.astype(bool), nothing, zero_shot, nothing))
-            elif len(part):
-                units.append(Unit(nothing, nothing, nothing.astype(bool), nothing, nothing, part))
-    return units
-
-
-def _split_by_preambles(records: np.ndarray, passes: Passes, cache_tokens: int) -> Iterator[np.ndarray]:
-    """The records in turn, as many at a time as there is room for their preambles; at least one."""
-    begin = cached = 0
-    held: set[int] = set()
-    for place, preamble in enumerate(passes.preamble[records].tolist()):
-        if preamble < 0 or preamble in held:
-            continue
-        if place > begin and cached + int(passes.root[preamble]) > cache_tokens:
-            yield records[begin:place]
-            begin, cached, held = place, 0, set()
-        held.add(preamble)
-        cached += int(passes.root[preamble])
-    if len(records):
-        yield records[begin:]
-
-
-def _used(preambles: np.ndarray) -> np.ndarray:
-    return np.unique(preambles[preambles >= 0])
+    whole = np.flatnonzero((passes.one > 0) & (passes.parent < 0))
+    whole = whole[np.argsort(-passes.one[whole], kind="stable")]
+    tokens = np.cumsum(passes.one[whole])
+    ends = np.searchsorted(tokens, np.arange(unit_tokens, tokens.max(initial=0), unit_tokens))
+    no_roots = _NOTHING, _NOTHING, _NOTHING.astype(bool), _NOTHING, _NOTHING
+    return units + [Unit(*no_roots, part) for part in np.split(whole, ends) if len(part)]
 
 
 def _plan_trees(passes: Passes, cache_tokens: int, unit_tokens: int) -> Iterator[Unit]:
-    one, parent, length = passes.one, passes.parent, passes.root
-    own = length - passes.before
-    children = np.flatnonzero((one > 0) & (parent >= 0))
-    # Roots of like length share a unit, so that their caches stand side by side almost without padding.
-    order = np.lexsort((children, parent[children], -length[parent[children]]))
-    roots: list[int] = []
-    scored: list[bool] = []
-    held: list[int] = []
-    preambles: set[int] = set()
-    cached = forwarded = 0
-    last_root = -1
-    nothing = np.empty(0, np.int64)
+    """Units of roots with their children, and of single records, which nothing continues."""
+    one, length, preamble = passes.one, passes.root, passes.preamble
+    children = np.flatnonzero((one > 0) & (passes.parent >= 0))
+    children = children[np.argsort(passes.parent[children], kind="stable")]
+    begin, end = (np.searchsorted(passes.parent[children], np.arange(len(length)), side) for side in ("left", "right"))
+    is_root = end > begin
+    own = np.where(is_root, length, passes.zero) - passes.before
+    heads = np.flatnonzero(is_root | (passes.zero > 0))
+    draft = _Draft()
+    for head in heads[_by_preambles(heads, own[heads], ~is_root[heads], preamble)].tolist():
+        family, scored, before = children[begin[head] : end[head]], bool(passes.zero[head] > 0), int(preamble[head])
+        while True:
+            kept = int(own[head] if len(family) else 0) + (0 if before in draft.preambles else int(length[before]))
+            if draft.forwarded >= unit_tokens or (draft.kept and draft.kept + kept > cache_tokens):
+                yield draft.unit()
+                draft = _Draft()
+                continue
+            draft.preambles.add(before)
+            draft.kept += kept
+            draft.forwarded += int(own[head])
+            if not len(family):
+                draft.zero_shot.append(head)
+                break
+            draft.roots.append(head)
+            draft.scored.append(scored)
+            tokens = np.cumsum(one[family] - length[head])
+            fit = 1 + int(np.searchsorted(tokens[:-1], unit_tokens - draft.forwarded))
+            draft.children.append(family[:fit])
+            draft.forwarded += int(tokens[fit - 1])
+            if fit == len(family):
+                break
+            family, scored = family[fit:], False
+    if draft.forwarded:
+        yield draft.unit()
 
-    def unit() -> Unit:
-        kept = np.array(roots, np.int64)
-        used = _used(passes.preamble[kept])
-        other = ~np.isin(kept, used)
-        return Unit(used, kept[other], np.array(scored, bool)[other], np.array(held, np.int64), nothing, nothing)
 
-    def room(root: int) -> int:
-        preamble = int(passes.preamble[root])
-        return int(own[root]) + (int(length[preamble]) if preamble >= 0 and preamble not in preambles else 0)
+def _by_preambles(heads: np.ndarray, own: np.ndarray, single: np.ndarray, preamble: np.ndarray) -> np.ndarray:
+    """The order in which those with one preamble stand together, roots before single records, the longest first."""
+    group = preamble.copy()
+    group[preamble[preamble >= 0]] = preamble[preamble >= 0]  # with what continues nothing but the preamble
+    group = group[heads]
+    longest = np.zeros(len(preamble) + 1, np.int64)  # the last of those without a preamble
+    np.maximum.at(longest, group, own)
+    return np.lexsort((-own, single, group, -longest[group]))
 
-    for child in children[order].tolist():
-        root = int(parent[child])
-        new = not roots or root != roots[-1]
-        grown = cached + (room(root) if new else 0)
-        if held and (grown > cache_tokens or forwarded >= unit_tokens):
-            yield unit()
-            roots, scored, held, preambles = [], [], [], set()
-            cached = forwarded = 0
-            new = True
-        if new:
-            roots.append(root)
-            scored.append(root != last_root and bool(passes.zero[root] > 0))
-            cached += room(root)
-            preambles.add(int(passes.preamble[root]))
-            forwarded += int(own[root])
-            last_root = root
-        held.append(child)
-        forwarded += int(one[child] - length[root])
-    if held:
-        yield unit()
+
+class _Draft:
+    """A unit under way: what it keeps and forwards so far."""
+
+    def __init__(self) -> None:
+        self.preambles = {-1}
+        self.roots: list[int] = []
+        self.scored: list[bool] = []
+        self.children = [_NOTHING]
+        self.zero_shot: list[int] = []
+        self.kept = self.forwarded = 0
+
+    def unit(self) -> Unit:
+        """A root that is a preamble of others is kept as that alone."""
+        preambles = np.array(sorted(self.preambles - {-1}), np.int64)
+        roots = np.array(self.roots, np.int64)
+        other = ~np.isin(roots, preambles)
+        return Unit(
+            preambles,
+            roots[other],
+            np.array(self.scored, bool)[other],
+            np.concatenate(self.children),
+            np.array(self.zero_shot, np.int64),
+            _NOTHING,
+        )
 
 
 def plan_batches(

@@ -157,9 +157,9 @@ class CausalLM:
         from miwv_fast.prefixes import pass_through
 
         width = max(len(sequence.ids) for sequence in sequences)
-        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        ids = np.zeros((len(sequences), width), np.int64)
         for place, sequence in enumerate(sequences):
-            ids[place, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
+            ids[place, : len(sequence.ids)] = sequence.ids
         rows = [place * width + sequence.rows.astype(np.int64) for place, sequence in enumerate(sequences)]
         targets = [sequence.targets.astype(np.int64) for sequence in sequences]
         offsets = np.cumsum([0, *(len(part) for part in targets)], dtype=np.int64)
@@ -168,7 +168,10 @@ class CausalLM:
         )
         if cache is None and self._cache_layers:
             cache = pass_through(self._cache_layers)
-        inputs: dict[str, Any] = {"input_ids": to_device(ids, self.device), "use_cache": cache is not None}
+        inputs: dict[str, Any] = {
+            "input_ids": to_device(torch.from_numpy(ids), self.device),
+            "use_cache": cache is not None,
+        }
         if cache is not None:
             inputs[self._cache_name] = cache
         # Padding stands behind what is scored, where a causal model does not look: without prefixes there is nothing to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +48,19 @@ class Ragged:
         sums: np.ndarray = total[self.offsets[1:]] - total[self.offsets[:-1]]
         return sums
 
-    def followed_by(self, rows: Sequence[np.ndarray]) -> Ragged:
-        """These rows and more; itself where there are no more."""
-        if not rows:
+    def followed_by(self, rows: Iterable[np.ndarray]) -> Ragged:
+        """These rows and more, which are held one at a time; itself where there are no more."""
+        values = array("i")
+        lengths: list[int] = []
+        for row in rows:
+            if not lengths and len(self.values):
+                values.frombytes(self.values.data.cast("B"))
+            values.frombytes(row.astype(np.int32, copy=False).tobytes())
+            lengths.append(len(row))
+        if not lengths:
             return self
-        more = Ragged.join(rows)
-        offsets = np.append(self.offsets, self.offsets[-1] + more.offsets[1:])
-        return Ragged(np.append(self.values, more.values), offsets)
+        more = self.offsets[-1] + np.cumsum(lengths, dtype=np.int64)
+        return Ragged(np.frombuffer(values, np.int32), np.append(self.offsets, more))
 
     @staticmethod
     def join(rows: Sequence[np.ndarray]) -> Ragged:

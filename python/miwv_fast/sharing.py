@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from miwv_fast.runner import Trees
 
 # Fewer tokens in common are not worth a pass of their own.
 LEAST_SHARED = 16
+# Sequences that stand together begin in one unit and may end in the next, however few they are.
+LEAST_UNITS = 2
 
 
 class PassSequences:
@@ -77,9 +79,9 @@ class PassSequences:
 
     def _in_common(self, group: np.ndarray) -> int:
         """How many tokens all passes of a group begin with, none of which is read for a target."""
-        first, *others = map(self._one_shot, group.tolist())
+        first = self._one_shot(int(group[0]))
         length = int(first.rows[0])
-        for other in others:
+        for other in map(self._one_shot, group[1:].tolist()):
             length = min(length, int(other.rows[0]))
             length = int(np.argmin(np.append(first.ids[:length] == other.ids[:length], False)))
         return length
@@ -89,15 +91,17 @@ class PassSequences:
         alone, known, records = self._corpus.alone, self.passes, len(self._corpus.alone)
         roots = records + len(self._extra)
         lengths = np.append(known.root, np.array([len(front) for front in self._extra], np.int64))
-        parents = known.parent[(known.one > 0) & (known.parent >= 0)]
+        continues = (known.one > 0) & (known.parent >= 0)
+        parents = known.parent[continues]
         runs = (known.zero > 0) & (known.zero <= shared_length)
         runs[parents[parents < records]] = True
         first = np.append(alone.spans.values[:, 0], 1)[alone.spans.offsets[:-1]]
-        whole = [sequence.ids[: sequence.rows[0]] for sequence in map(self._one_shot, singles.tolist())]
-        beginnings = alone.ids.followed_by([*(front[:-1] for front in self._extra), *whole])
+        whole = (sequence.ids[: sequence.rows[0]] for sequence in map(self._one_shot, singles.tolist()))
+        beginnings = alone.ids.followed_by(chain((front[:-1] for front in self._extra), whole))
         reach = np.concatenate([np.where(runs, first - 1, 0), beginnings.lengths[records:]])
-        units = 1 + int(known.zero.sum() + known.one.sum() - lengths[parents].sum()) // unit_tokens
-        found = find_preambles(beginnings, reach, price=units)
+        behind = np.bincount(parents, known.one[continues] - lengths[parents], minlength=roots).astype(np.int64)
+        tokens = np.append(np.append(known.zero, lengths[records:]) + behind, known.one[singles])
+        found = find_preambles(beginnings, reach, tokens, unit_tokens)
         of = np.where(found.of >= 0, roots + found.of, -1)
         known.parent[singles] = of[roots:]
         self._extra += found.tokens
@@ -172,45 +176,52 @@ class _Node:
     end: int
     depth: int
     parent: int
+    price: int
     saved_below: int = 0
 
-    def saved(self, price: int) -> int:
-        return (self.end - self.begin - price) * self.depth if self.depth >= LEAST_SHARED else 0
+    @property
+    def saved(self) -> int:
+        return (self.end - self.begin - self.price) * self.depth if self.depth >= LEAST_SHARED else 0
 
 
-def find_preambles(ids: Ragged, reach: np.ndarray, price: int) -> Preambles:
-    """The preambles that save most tokens if each has to be run `price` times.
+def find_preambles(ids: Ragged, reach: np.ndarray, tokens: np.ndarray, unit_tokens: int) -> Preambles:
+    """The preambles that save most tokens if sequences with the same one fill units of `unit_tokens` one by one.
 
-    Of sequence i the first `reach[i]` (int64 [N]) tokens can be shared. No preamble is the beginning of another.
+    Of sequence i the first `reach[i]` (int64 [N]) tokens can be shared; it and what continues it takes `tokens[i]`
+    (int64 [N]) of a unit. Each unit runs its preambles. No preamble is the beginning of another.
     """
     order = np.flatnonzero(reach >= LEAST_SHARED)
-    nodes = [_Node(0, len(order), 0, -1)]
-    for place, node in enumerate(nodes):  # which grows
-        members = order[node.begin : node.end]  # a view: sorting them leaves every node its own
-        while (goes_on := reach[members] > node.depth).sum() > price:
-            tokens = np.full(len(members), -1)
-            tokens[goes_on] = ids.values[ids.offsets[members[goes_on]] + node.depth]
-            if (tokens == tokens[0]).all():
-                node.depth += 1
+
+    def node(begin: int, end: int, depth: int, parent: int) -> _Node:
+        return _Node(begin, end, depth, parent, LEAST_UNITS + int(tokens[order[begin:end]].sum()) // unit_tokens)
+
+    nodes = [node(0, len(order), 0, -1)]
+    for place, each in enumerate(nodes):  # which grows
+        members = order[each.begin : each.end]  # a view: sorting them leaves every node its own
+        while (goes_on := reach[members] > each.depth).sum() > LEAST_UNITS:
+            next_token = np.full(len(members), -1)
+            next_token[goes_on] = ids.values[ids.offsets[members[goes_on]] + each.depth]
+            if (next_token == next_token[0]).all():
+                each.depth += 1
                 continue
-            by_token = np.argsort(tokens, kind="stable")
-            members[:], tokens = members[by_token], tokens[by_token]
-            cuts = node.begin + np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
+            by_token = np.argsort(next_token, kind="stable")
+            members[:], next_token = members[by_token], next_token[by_token]
+            cuts = each.begin + np.flatnonzero(np.diff(next_token, prepend=-1, append=-1))
             for begin, end in pairwise(cuts.tolist()):
-                if end - begin > price:
-                    nodes.append(_Node(begin, end, node.depth + 1, place))
+                if end - begin > LEAST_UNITS:
+                    nodes.append(node(begin, end, each.depth + 1, place))
             break
-    for node in reversed(nodes[1:]):
-        nodes[node.parent].saved_below += max(node.saved(price), node.saved_below)
+    for each in reversed(nodes[1:]):
+        nodes[each.parent].saved_below += max(each.saved, each.saved_below)
     found = Preambles(np.full(len(ids), -1), [])
     passed = {-1}  # nodes on the way to which nothing was taken, nor at them
-    for place, node in enumerate(nodes):
-        if node.parent not in passed:
+    for place, each in enumerate(nodes):
+        if each.parent not in passed:
             continue
-        if node.saved(price) > node.saved_below:
-            members = order[node.begin : node.end]
+        if each.saved > each.saved_below:
+            members = order[each.begin : each.end]
             found.of[members] = len(found.tokens)
-            found.tokens.append(ids[int(members[0])][: node.depth])
+            found.tokens.append(ids[int(members[0])][: each.depth])
         else:
             passed.add(place)
     return found
