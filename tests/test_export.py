@@ -11,7 +11,13 @@ import pytest
 from miwv_fast.export import choose_format, write_records
 from miwv_fast.sources import FileSource
 from miwv_fast.templates import ALPACA
-from miwv_fast.trainers import add_to_dataset_info, llama_factory_entry, trl_records, write_for_trainer
+from miwv_fast.trainers import (
+    add_to_dataset_info,
+    llama_factory_entry,
+    llama_factory_records,
+    trl_records,
+    write_for_trainer,
+)
 from test_scorer import alpaca_prompt, make_rows
 
 ROWS = [
@@ -121,6 +127,25 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
         llama_factory_entry("s.jsonl", rows)
     with pytest.raises(ValueError, match="2 shapes"):
         llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+
+
+def test_conversations_that_llama_factory_would_leave_out():
+    """It skips a conversation that ends with a user's turn, and stops at a text in parts."""
+    plain = [row | {"source": "a", "system": "Be brief."} for row in make_rows("sharegpt", 2)]
+    assert llama_factory_records(plain) == plain
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    answered = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes?"}]
+    odd = [
+        {"messages": answered},
+        {"messages": [{"role": "developer", "content": "Be kind."}, *answered, {"role": "user", "content": "Bye"}]},
+    ]
+    texts = [{"role": "user", "content": "Hi there"}, answered[1]]
+    for row, system in zip(odd, ([], [{"role": "system", "content": "Be kind."}]), strict=True):
+        first, second, last = llama_factory_records([*plain, row])
+        assert last == {"messages": [*system, *texts]}
+        assert first["source"] == "a" and [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
+        tags = llama_factory_entry("s.jsonl", [first, second, last])["tags"]
+        assert (tags["role_tag"], tags["user_tag"], tags["system_tag"]) == ("role", "user", "system")
 
 
 def test_the_field_of_an_input_is_looked_for_in_the_records():

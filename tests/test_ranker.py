@@ -182,4 +182,6 @@ def test_conditions_that_cannot_be_met(conditions, error, message):
 
 def test_nothing_to_select_from():
     nothing = np.full(3, np.nan, np.float32)
-    assert not len(select(nothing, np.zeros(3, np.int32), 2, groups=np.zeros(3, int)).records)
+    for conditions in ({"top": 2, "groups": np.zeros(3, int)}, {"min_miwv": 0.0}):
+        with pytest.raises(ValueError, match="no record has a score"):
+            select(nothing, np.zeros(3, np.int32), **conditions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -48,6 +49,13 @@ def test_rank_and_select(scored, rows):
 def test_fewer_scored_than_asked_for(scored, caplog):
     assert len(scored.select("100%")) == 11
     assert "only 11 have a score" in caplog.text
+
+
+def test_nothing_scored_is_nothing_to_select(scored):
+    table = scored.table.set_column(2, "miwv", pa.nulls(len(scored), pa.float32()))
+    for conditions in ({"top": "1%"}, {"min_miwv": 0.0}, {"top": 1, "dedup": 0.9}):
+        with pytest.raises(ValueError, match="no record has a score; the column status says why"):
+            dataclasses.replace(scored, table=table).choose(**conditions)
 
 
 def test_select_by_conditions(scored, rows):

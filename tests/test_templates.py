@@ -310,7 +310,14 @@ class TestJinjaFile:
                 "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}: {% endmacro %}",
                 "space",
             ),
-            ("{% set separator = '' %}{% macro prompt(a, b) %}{{ instruction }}\n{% endmacro %}", "undefined"),
+            (
+                "{% set separator = '' %}{% macro prompt(a, b) %}{{ a }}\n{% endmacro %}",
+                "no keyword argument 'instruction'",
+            ),
+            (
+                "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ text }}\n{% endmacro %}",
+                "undefined",
+            ),
             *(
                 (
                     "{% set separator = '' %}{% macro prompt(instruction, input) %}" + body + "\n{% endmacro %}",
@@ -331,6 +338,19 @@ class TestJinjaFile:
     def test_unusable_template(self, tmp_path, source, message):
         with pytest.raises(ValueError, match=message):
             load_template(self.write(tmp_path, source), byte_level())
+
+    def test_the_input_is_not_lost(self, tmp_path):
+        """A template without it serves records without it."""
+        source = "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}\n{% endmacro %}"
+        template = load_template(self.write(tmp_path, source), byte_level())
+        assert len(template.zero_shot(alpaca("a", "", "c")).targets) == 1
+        with pytest.raises(ValueError, match="does not contain the input, and this record has one"):
+            template.zero_shot(alpaca("a", "b", "c"))
+
+    def test_parameters_go_by_name(self, tmp_path):
+        source = "{% set separator = '' %}{% macro prompt(input, instruction) %}{{ instruction }}|{{ input }}\n"
+        template = load_template(self.write(tmp_path, source + "{% endmacro %}"), byte_level())
+        assert template.encoder.decode(template.zero_shot(alpaca("a", "b", "c")).ids) == "a|b\nc"
 
     def test_unknown_and_missing(self, tmp_path):
         with pytest.raises(ValueError, match="unknown template 'alpacca'"):

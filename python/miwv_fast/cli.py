@@ -124,10 +124,11 @@ def score(
         typer.echo(f"forwarded {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s")
     if resumed:
         typer.echo(f"{resumed} tokens were forwarded before this call")
-    run = shlex.quote(output)
-    typer.echo(
-        f"wrote {output.rstrip('/')}/scores.parquet; next: miwv-fast select {run} --top 1% --output subset.jsonl"
-    )
+    written, run = f"{output.rstrip('/')}/scores.parquet", shlex.quote(output)
+    if scores.table["miwv"].null_count == len(scores):
+        typer.echo(f"wrote {written}, in which no record has a score")
+        return
+    typer.echo(f"wrote {written}; next: miwv-fast select {run} --top 1% --output subset.jsonl")
     typer.echo(f"or look at it first: miwv-fast report {run}")
 
 

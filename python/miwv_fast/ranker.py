@@ -106,13 +106,15 @@ def select(
     `miwv` float [N], NaN where not scored; `response_tokens` int [N]; `embeddings` float32 [N, D] for `dedup`, the
     cosine from which a record stands back behind a better one; `groups` int64 [N], a group's number for each record:
     each group gets its share of the scored records (`proportional`, `fill_quotas`). Warns where fewer are left than
-    asked for. Raises ValueError for conditions that no record meets or that make no sense.
+    asked for. Raises ValueError where no record is scored, for conditions that none meets, or that make no sense.
     """
     if top is None and min_miwv is None:
         raise ValueError(f"nothing says how many records to select: {_HINT}, or give min_miwv")
     if top is None and groups is not None:
         raise ValueError("quotas divide a number of records, which min_miwv alone does not give: give top as well")
     scored = rank(miwv)[: int((~np.isnan(miwv)).sum())]
+    if not len(scored):
+        raise ValueError("no record has a score; the column status says why")
     asked = None if top is None else selection_size(top, len(miwv))
     order = scored
     for name, values, least in (
@@ -131,7 +133,7 @@ def select(
     if asked is not None and asked > len(order):
         few = "have a score" if len(order) == len(scored) else "have a score and meet the conditions"
         _log.warning("%d records were asked for, only %d %s: selecting those", asked, len(order), few)
-    if groups is None or not len(order):
+    if groups is None:
         return Selection(order[:wanted], duplicates)
     quotas = proportional(np.bincount(groups[scored], minlength=int(groups.max()) + 1).tolist(), wanted)
     return Selection(fill_quotas(order, groups, quotas, wanted), duplicates)
@@ -147,7 +149,7 @@ def _at_least(order: np.ndarray, name: str, values: np.ndarray, least: float) ->
         with np.errstate(over="ignore"):
             least = float(np.float32(least))
     chosen = values[order] >= least
-    if not chosen.any() and len(order):
+    if not chosen.any():
         raise ValueError(f"no record is left by {name} {least:.6g}: the highest is {values[order].max():.6g}")
     return order[chosen]
 

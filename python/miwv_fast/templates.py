@@ -161,7 +161,7 @@ def with_system(record: Record, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return (Turn(f"{record.system}\n\n{first.instruction}", first.input, first.response), *turns[1:])
 
 
-def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], object], str]:
+def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], str], str]:
     """`prompt(instruction, input)` and the separator of a Jinja source; ValueError where it doesn't define them."""
     # Unlike chat templates, whose whitespace their authors tuned under trim_blocks, these keep Jinja's defaults
     # and the newline at their end.
@@ -174,7 +174,8 @@ def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], object], 
         missing = [part for part in ("prompt", "separator") if not hasattr(module, part)]
         if missing:
             raise ValueError(f"it should define a macro prompt(instruction, input) and set separator: no {missing[0]}")
-        return module.prompt, check_length(f"template {name}", str(module.separator))
+        separator = check_length(f"template {name}", str(module.separator))
+    return lambda instruction, input: str(module.prompt(instruction=instruction, input=input)), separator
 
 
 class PairTemplate:
@@ -223,13 +224,17 @@ class PairTemplate:
             if segments:
                 segments.append(self._between)
             rendered = self._render(bool(turn.instruction), bool(turn.input))
+            if turn.input and 1 not in rendered:  # which data without inputs can do with
+                raise ValueError(
+                    f"template {self.name}: the prompt does not contain the input, and this record has one"
+                )
             segments.append(_fill(rendered, (turn.instruction, turn.input)))
             segments.append(Response(turn.response, scored))
         return segments
 
     def _render_uncached(self, has_instruction: bool, has_input: bool) -> list[str | int]:
         with limits(f"template {self.name}"):
-            text = str(self._macro(_slot(0) if has_instruction else "", _slot(1) if has_input else ""))
+            text = self._macro(_slot(0) if has_instruction else "", _slot(1) if has_input else "")
         check_length(f"template {self.name}", text)
         if text.endswith((" ", "\t")):
             raise ValueError(f"template {self.name}: the prompt ends in a space; end it in a newline")
@@ -238,7 +243,7 @@ class PairTemplate:
             raise ValueError(f"template {self.name}: the prompt does not contain the instruction as it is")
         for texts in _PROBES:
             with limits(f"template {self.name}"):
-                real = str(self._macro(texts[0] if has_instruction else "", texts[1] if has_input else ""))
+                real = self._macro(texts[0] if has_instruction else "", texts[1] if has_input else "")
             if real != "".join(part if isinstance(part, str) else texts[part] for part in rendered):
                 raise ValueError(
                     f"template {self.name}: it changes the instruction or input, or looks into it; it may only place "

@@ -16,6 +16,8 @@ from miwv_fast.templates import compile_pair, with_system
 _T = TypeVar("_T")
 
 TRAINERS = ("llama-factory", "trl")
+_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_SYSTEM = ("system", "developer")
 
 
 def check_trainer(trainer: str, kind: str) -> None:
@@ -31,14 +33,15 @@ def write_for_trainer(
 ) -> str:
     """Writes records as a trainer reads them, and beside them what tells it so; returns the command that trains.
 
-    LLaMA-Factory takes the records as they came and an entry in `dataset_info.json`; TRL a form of its own
-    (`trl_records`) and a configuration. `manifest` is that of the run. Raises ValueError, before anything is written,
-    where the trainer cannot read the records.
+    LLaMA-Factory takes the records as they came (`llama_factory_records`) and an entry in `dataset_info.json`; TRL a
+    form of its own (`trl_records`) and a configuration. `manifest` is that of the run. Raises ValueError, before
+    anything is written, where the trainer cannot read the records.
     """
     name = str(manifest.get("model", {}).get("name", ""))
     model = shlex.quote(name) if name and not name.endswith(".gguf") else "MODEL"
     common = f"--model_name_or_path {model} --output_dir trained"
     if trainer == "llama-factory":
+        rows = llama_factory_records(rows)
         entry = llama_factory_entry(path.name, rows)
         write_records(path, rows, kind)
         add_to_dataset_info(path, entry)
@@ -52,6 +55,33 @@ def write_for_trainer(
     return f"trl sft --config {shlex.quote(str(config))} {common}"
 
 
+def llama_factory_records(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The records as they came, unless one is a conversation that LLaMA-Factory leaves out or stops at.
+
+    That is one whose last turn nobody answers, or with a text in parts. Then all conversations become `messages` of
+    text, up to the last answer, with their other fields.
+    """
+    if all(map(_is_plain, rows)):
+        return rows
+    shapes = [recognize(row) for row in rows]
+    if any(isinstance(shape, Pair) for shape in shapes):
+        return rows  # of which `llama_factory_entry` says that they have several shapes
+    return [
+        {name: value for name, value in row.items() if name not in (shape, "system")}
+        | {"messages": _messages(parse_record(row))}
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    shape = recognize(row)
+    if isinstance(shape, Pair):
+        return True
+    role, content = _KEYS[shape]
+    said = [message for message in row[shape] if message[role] not in _SYSTEM]
+    return len(said) == 2 * len(parse_record(row).turns) and all(isinstance(m.get(content), str) for m in row[shape])
+
+
 def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What LLaMA-Factory's `dataset_info.json` says of a file of these records, all of one shape.
 
@@ -60,13 +90,13 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     shape = _one([recognize(row) for row in rows], "shapes")
     system = {"system": "system"} if any(row.get("system") for row in rows) else {}
     if isinstance(shape, str):
-        role, content = ("role", "content") if shape == "messages" else ("from", "value")
+        role, content = _KEYS[shape]
         said = [message[role] for row in rows for message in row[shape]]
         tags = {"role_tag": role, "content_tag": content}
         for tag, names in (
             ("user_tag", ("user", "human")),
             ("assistant_tag", ("assistant", "gpt")),
-            ("system_tag", ("system", "developer")),
+            ("system_tag", _SYSTEM),
         ):
             tags[tag] = _one([name for name in said if name in names] or [names[0]], f"names for {tag}")
         columns = {"messages": shape, **system}
@@ -124,7 +154,7 @@ def trl_records(rows: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) 
         return [{"prompt": each[:-1], "completion": each[-1:]} for each in messages]
     prompt, _ = compile_pair(template["name"], template["source"])
     turns = [with_system(record, record.turns)[0] for record in records]
-    return [{"prompt": str(prompt(t.instruction, t.input)), "completion": t.response} for t in turns]
+    return [{"prompt": prompt(t.instruction, t.input), "completion": t.response} for t in turns]
 
 
 def _messages(record: Record) -> list[dict[str, str]]:
