@@ -47,6 +47,11 @@ def test_datasets_folder(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["selected"]
 
 
+def test_empty_cells_of_pandas(tmp_path):
+    write_records(tmp_path / "s.parquet", [{"input": float("nan")}, {"input": "a"}], "parquet")
+    assert pq.read_table(tmp_path / "s.parquet")["input"].to_pylist() == [None, "a"]
+
+
 def test_values_that_no_column_holds(tmp_path):
     rows = [{"instruction": "a", "output": "b", "meta": 1}, {"instruction": "a", "output": "b", "meta": "one"}]
     for name in ("s.parquet", "folder"):

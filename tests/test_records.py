@@ -110,6 +110,20 @@ def test_own_id(given, kept):
     assert parse_record({"id": given, "instruction": "a", "output": "b"}).id == kept
 
 
+def test_empty_cells_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {"instruction": "Add", "input": None, "output": "3", "history": None, "id": 7},
+        {"prompt": "Add", "completion": "3", "system": None},
+        {"instruction": "Add", "output": None},
+    ]
+    cells = pandas.DataFrame(rows).fillna(float("nan")).to_dict("records")
+    assert not any(value is None for row in cells for value in row.values())
+    records = [parse_record(row) for row in cells]
+    assert [record.turns for record in records] == [(Turn("Add", "", "3"),)] * 2 + [(Turn("Add", "", ""),)]
+    assert not any(record.system for record in records)
+
+
 def test_text_is_never_stripped():
     record = parse_record({"instruction": " a\n", "input": "\t", "output": " b "})
     assert record.turns == (Turn(" a\n", "\t", " b "),)

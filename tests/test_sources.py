@@ -79,6 +79,34 @@ def test_objects():
         open_source(several)
 
 
+def test_a_data_set_by_its_name(monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    several = {name: datasets.Dataset.from_list(ROWS[:n]) for n, name in enumerate(("test", "train"), 1)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(several))
+    with caplog.at_level("INFO", "miwv_fast"):
+        assert values("someone/data") == ROWS
+    assert "data set someone/data has the splits test, train: reading train" in caplog.text
+    several["train_sft"] = several.pop("train")
+    with pytest.raises(ValueError, match=r"splits test, train_sft; .*load_dataset\('someone/data', split='test'\)"):
+        open_source("someone/data")
+
+    def refuse(name):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['de', 'en']")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match=r"\['de', 'en'\]; load it in Python: score\(datasets.load_dataset"):
+        open_source("someone/data")
+
+
+def test_tables_of_pandas():
+    """A table gives its columns, not its rows."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    with pytest.raises(TypeError, match=r"to_dict.'records'.*from_pandas"):
+        open_source(frame)
+    assert values(frame.to_dict("records")) == ROWS
+
+
 def test_rows_can_be_read_again(tmp_path):
     for data in (write(tmp_path, "rows.jsonl"), iter(ROWS)):
         source = open_source(data)

@@ -34,8 +34,8 @@ def choose_format(path: Path, wanted: str | None = None) -> str:
 def write_records(path: Path, rows: Sequence[Mapping[str, Any]], kind: str) -> None:
     """Writes records as `kind`: a file is replaced, whole or not at all; a folder must not be there yet.
 
-    A table has a column for every field of any record, null where a record doesn't have it. Raises ValueError where a
-    field's values are of types that a column cannot hold together, or `datasets` is not installed.
+    A table has a column for every field of any record, null where a record doesn't have it or has NaN. Raises
+    ValueError where a field's values are of types that a column cannot hold together, or `datasets` is not installed.
     """
     if kind == "jsonl":
         write_jsonl(path, rows)
@@ -52,7 +52,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         with _one_column_each(f"the values of field {name!r}"):
-            columns[name] = pa.array([row.get(name) for row in rows])
+            columns[name] = pa.array([row.get(name) for row in rows], from_pandas=True)
     return columns
 
 

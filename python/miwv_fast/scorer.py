@@ -68,10 +68,10 @@ def score(
     """Scores every record by its Model Instruction Weakness Value: one-shot minus zero-shot mean response loss.
 
     Args:
-        data: Path(s) of JSON, JSONL, CSV or Parquet (also .gz, .xz, .zst), a Hugging Face data set or its name, or
-            an iterable of dicts. Records are Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and
-            `response`), `prompt` with `completion` or `response`, OpenAI `messages`, or ShareGPT `conversations`; with
-            any of them the text of `system` counts.
+        data: Path(s) of JSON, JSONL, CSV or Parquet (also .gz, .xz, .zst), a Hugging Face data set or its name (of
+            several splits `train` is read), or an iterable of dicts. Records are Alpaca (`instruction`, `input`,
+            `output`, or Dolly's `context` and `response`), `prompt` with `completion` or `response`, OpenAI `messages`,
+            or ShareGPT `conversations`; with any of them the text of `system` counts.
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.

@@ -328,7 +328,7 @@ def _find_source(manifest: Mapping[str, Any], data: object, run: Location | None
     if "data_set" in described:
         try:
             return open_source(described["data_set"])
-        except FileNotFoundError as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s", error)
             return None
     files = described.get("files", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,13 +102,13 @@ _PAIRS = (
 def recognize(value: Mapping[str, Any]) -> Pair | str:
     """A record's shape: a pair, or the field of a conversation, `messages` or `conversations`.
 
-    Fields without a value count where no shape has all of its own: a table of several shapes has nulls. Raises
-    MalformedRecord if it has none of the four.
+    Fields without a value, NaN included, count where no shape has all of its own: a table of several shapes has nulls.
+    Raises MalformedRecord if it has none of the four.
 
     >>> recognize({"prompt": "Hi", "response": "Hello"})
     Pair(instruction='prompt', inputs=(), response='response')
     """
-    present = {key for key, item in value.items() if item is not None}
+    present = {key for key, item in value.items() if not _is_null(item)}
     for name in ("messages", "conversations"):
         if name in present:
             return name
@@ -170,7 +171,7 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
 
 def _read_history(history: object) -> Iterator[Turn]:
     """Earlier turns: pairs of instruction and response."""
-    if history is None or (isinstance(history, str) and not history):  # as an empty field of a CSV file is
+    if _is_null(history) or (isinstance(history, str) and not history):  # as an empty field of a CSV file is
         return
     for position, pair in enumerate(_as_list(history, "history", "pairs")):
         where = f"history[{position}]"
@@ -208,12 +209,17 @@ def _content(message: Mapping[str, Any], key: str, where: str) -> str:
 def _text(value: Mapping[str, Any], key: str, where: str = "") -> str:
     text = value.get(key)
     name = f"{where}.{key}" if where else key
-    if text is None:
+    if _is_null(text):
         return ""
     if not isinstance(text, str):
         raise MalformedRecord(f"{name!r} should be text, it is {_describe(text)}")
     _check_text(name, text)
     return text
+
+
+def _is_null(value: object) -> bool:
+    """Whether a field has no value: None, or NaN, which pandas puts into an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_text(name: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import lzma
 import os
 import zlib
@@ -17,10 +18,10 @@ from miwv_fast.formats import Row, read_file
 from miwv_fast.unpack import FORMATS, split_suffixes
 
 _DAMAGE = (EOFError, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError, pa.ArrowException)
-
-
 # What an iterable without a length may give: it is held in memory, and may have no end.
 MAX_ITERABLE_RECORDS = 5_000_000
+
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -41,7 +42,8 @@ class Source(Protocol):
 def open_source(data: object) -> Source:
     """Recognises `data`: path(s), a Hugging Face data set or its name, a source, or an iterable of dicts.
 
-    Raises FileNotFoundError for a missing file, ValueError for an unknown format, TypeError for anything else.
+    Of a data set with splits `train` is read, or its only one. Raises FileNotFoundError for a missing file, ValueError
+    for an unknown format or where a split has to be chosen, TypeError for anything else.
     """
     if isinstance(data, FileSource | ObjectSource):
         return data
@@ -53,7 +55,13 @@ def open_source(data: object) -> Source:
     if isinstance(data, Sequence) and data and all(isinstance(item, str | os.PathLike) for item in data):
         return FileSource([Path(item) for item in data])
     if type(data).__module__.partition(".")[0] == "datasets":
-        return ObjectSource(_single_split(data), "the data set", {"fingerprint": getattr(data, "_fingerprint", None)})
+        rows = _single_split(data, "the data set", "data[{!r}]")
+        return ObjectSource(rows, "the data set", {"fingerprint": getattr(data, "_fingerprint", None)})
+    if type(data).__name__ == "DataFrame":
+        raise TypeError(
+            "data is a DataFrame, which gives its columns where rows are wanted: give df.to_dict('records') or "
+            "datasets.Dataset.from_pandas(df)"
+        )
     if isinstance(data, Iterable) and not isinstance(data, dict | bytes):
         rows = data if isinstance(data, Sequence) else _collect(data)
         return ObjectSource(rows, "the data")
@@ -151,15 +159,27 @@ def _load_from_hub(name: str) -> Any:
             f"no such file: {name} (to read it as a Hugging Face data set: pip install 'miwv-fast[datasets]')"
         ) from None
     try:
-        return _single_split(datasets.load_dataset(name))
-    except (OSError, ValueError) as error:
+        loaded = datasets.load_dataset(name)
+    except OSError as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(f"no file and no Hugging Face data set {name!r} could be found: {reason}") from error
+    except ValueError as error:  # such as several configurations, which stand on the lines that follow
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot load the Hugging Face data set {name!r} by its name alone: {reason}; load it in Python: "
+            f"score(datasets.load_dataset({name!r}, config, split=...), ...)"
+        ) from error
+    return _single_split(loaded, f"data set {name}", f"datasets.load_dataset({name!r}, split={{!r}})")
 
 
-def _single_split(data: Any) -> Any:
+def _single_split(data: Any, name: str, choice: str) -> Any:
+    """The rows of a data set, where it has splits those of `train` or the only one; `choice` writes another's."""
     if not isinstance(data, dict):
         return data
     if "train" not in data and len(data) != 1:
-        raise ValueError(f"the data set has splits {', '.join(data)}; choose one of them")
-    return data["train"] if "train" in data else next(iter(data.values()))
+        chosen = choice.format(next(iter(data), "train"))
+        raise ValueError(f"{name} has the splits {', '.join(data)}; choose one of them in Python: score({chosen}, ...)")
+    split = "train" if "train" in data else next(iter(data))
+    if len(data) > 1:
+        _log.info("%s has the splits %s: reading %s", name, ", ".join(data), split)
+    return data[split]
