@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import miwv_fast
 from miwv_fast import embedding
-from miwv_fast.embedding import check_embedder, embed
+from miwv_fast.embedding import check_embedder, embed, open_embedder
 from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
 from support import text_embedder
@@ -56,13 +56,14 @@ def test_array():
     array = np.eye(3)
     for given_as in (array, torch.eye(3, dtype=torch.bfloat16)):
         np.testing.assert_array_equal(embed(column("a", "a", "a"), given_as, "cpu", QUIET), np.eye(3, dtype=np.float32))
-    for wrong in (np.eye(4), np.ones(3), np.ones((3, 2), np.int64)):
+    whole = np.ones((3, 2), np.int64)
+    for wrong in (np.eye(4), np.ones(3), np.ones((3, 0)), whole, torch.from_numpy(whole)):
         with pytest.raises(ValueError, match=r"expected \[3, D\]"):
             embed(column("a", "a", "a"), wrong, "cpu", QUIET)
 
 
 def test_errors(monkeypatch):
-    for wrong in (lambda texts: np.ones(3), lambda texts: np.ones((3, 2))):
+    for wrong in (lambda texts: np.ones(3), lambda texts: np.ones((3, 2)), lambda texts: np.ones((2, 0))):
         with pytest.raises(ValueError, match=r"\[2, D\] for 2 texts"):
             embed(column("a", "b"), wrong, "cpu", QUIET)
     monkeypatch.setattr(embedding, "CALL_TEXTS", 1)
@@ -85,6 +86,31 @@ def test_a_named_embedder_is_looked_for_before_the_model_is_loaded(monkeypatch):
     rows = [{"prompt": "a", "response": "b"}] * 2
     with pytest.raises(ValueError, match="cannot load the embedder 'no/such-embedder'"):
         miwv_fast.score(rows, "no/such-model", embedder="no/such-embedder")
+
+
+@pytest.mark.parametrize("given_as", [np.ones((3, 2)), torch.ones(2, 0), np.ones((2, 2), int)])
+def test_an_array_is_looked_at_before_the_model_is_loaded(monkeypatch, given_as):
+    monkeypatch.setattr("miwv_fast.scorer.LocalEngine", lambda *_: pytest.fail("the model was loaded"))
+    rows = [{"prompt": "a", "response": "b"}] * 2
+    with pytest.raises(ValueError, match=r"expected \[2, D\]"):
+        miwv_fast.score(rows, "no/such-model", embedder=given_as)
+
+
+def test_a_file_of_an_array_is_mapped(tmp_path, llama):
+    rows = [{"prompt": prompt, "response": "b"} for prompt in "abc"]
+    array = np.array([[1, 0], [1, 1], [0, 1]], np.float32)
+    np.save(tmp_path / "e.npy", array)
+    opened = open_embedder(str(tmp_path / "e.npy"))
+    assert isinstance(opened, np.memmap) and not opened.flags.writeable
+    scores = miwv_fast.score(rows, llama, embedder=tmp_path / "e.npy")
+    expected = miwv_fast.score(rows, llama, embedder=array)
+    assert scores.table.equals(expected.table) and scores.manifest == expected.manifest
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [[0.0, 1.0], [1.0, 0.0]]])
+def test_what_is_no_embedder(llama, wrong):
+    with pytest.raises(TypeError, match=f"embedder should be .*; it is {type(wrong).__name__}"):
+        miwv_fast.score([{"prompt": "a", "response": "b"}] * 2, llama, embedder=wrong)
 
 
 def test_check_embedder_lets_pass_what_is_there(minilm):

@@ -222,12 +222,16 @@ class TestStatuses:
         assert table["neighbor"] == [1, 0, None]  # what has no room for itself demonstrates nothing
         assert table["miwv"][2] is None
 
-    def test_no_neighbor(self, llama):
-        embeddings = np.array([[1, 0], [0, 0], [0, 1], [1, 1], [0.5, 1]], np.float32)
-        rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(5)]
+    def test_no_neighbor(self, llama, caplog):
+        embeddings = np.array([[0, 0], [1, 0], [0, 0], [0, 1], [1, 1], [0.5, np.nan]], np.float32)
+        rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(6)]
+        rows[0]["output"] = ""
         table = miwv_fast.score(rows, llama, embedder=embeddings).table.to_pydict()
-        assert table["status"] == ["ok", "no_neighbor", "ok", "ok", "ok"]
-        assert table["miwv"][1] is None and table["neighbor"][1] is None and 1 not in table["neighbor"]
+        assert table["status"] == ["empty_response", "ok", "no_neighbor", "ok", "ok", "no_neighbor"]
+        for place in (2, 5):
+            assert table["miwv"][place] is None and table["neighbor"][place] is None and place not in table["neighbor"]
+        (told,) = [line for line in caplog.messages if "zero or not finite" in line]
+        assert told == "2 embeddings are zero or not finite: these records have no neighbour, the first is record 2"
 
     def test_non_finite(self, llama):
         """A model that gives NaN for one token: that record alone has no score, and NaN is never written."""

@@ -8,9 +8,8 @@ import logging
 import os
 import shlex
 import sys
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tqdm
 import typer
@@ -99,7 +98,7 @@ def score(
         data[0] if len(data) == 1 else data,
         model,
         tokenizer=tokenizer,
-        embedder=_read_embeddings(embedder) if embedder.endswith(".npy") else embedder,
+        embedder=embedder,
         template=template,
         neighbors=neighbors,
         include_eos=include_eos,
@@ -337,18 +336,3 @@ def main() -> None:
 def _resume_command() -> str:
     """The command of this process without --fresh, which would move aside what is to go on."""
     return shlex.join(["miwv-fast", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
-
-
-def _read_embeddings(path: str) -> Any:
-    import numpy as np
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such embedding file: {path}")
-    try:
-        with Path(path).open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an array that numpy.save wrote: {error}") from error
-    if not isinstance(loaded, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; save the embeddings alone, with numpy.save")
-    return loaded

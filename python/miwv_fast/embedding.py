@@ -75,7 +75,7 @@ def embed(
         for number, rows in made:
             chosen = chunks[number]
             width = None if embeddings is None else embeddings.shape[1]
-            if rows.ndim != 2 or len(rows) != len(chosen) or width not in (None, rows.shape[1]):
+            if rows.ndim != 2 or len(rows) != len(chosen) or not rows.shape[1] or width not in (None, rows.shape[1]):
                 dimensions = "D" if width is None else width
                 raise ValueError(
                     f"the embedder should give [{len(chosen)}, {dimensions}] for {len(chosen)} texts, "
@@ -137,6 +137,30 @@ class _Calls:
             yield place, self._encode(texts.to_pylist())
 
 
+def open_embedder(embedder: Embedder) -> Embedder:
+    """The embedder, where it is the path of a .npy file the array in it, mapped into memory.
+
+    Raises TypeError for what is neither name, array nor callable, FileNotFoundError for a missing file, ValueError for
+    one that holds no array.
+    """
+    if not isinstance(embedder, str | Path):
+        if not isinstance(embedder, np.ndarray | torch.Tensor) and not callable(embedder):
+            raise TypeError(
+                "embedder should be a sentence-transformers name or folder, an array [N, D] or the .npy file of one, "
+                f"or a function from texts to such arrays; it is {type(embedder).__name__}"
+            )
+        return embedder
+    path = Path(embedder)
+    if path.suffix != ".npy":
+        return embedder
+    if not path.is_file():
+        raise FileNotFoundError(f"no such embedding file: {path}")
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is not an array that numpy.save wrote: {error}") from error
+
+
 def check_embedder(embedder: Embedder) -> None:
     """Raises ValueError, before anything large is loaded, if an embedder given by name is not to be had."""
     if not isinstance(embedder, str | Path) or Path(embedder).exists():
@@ -180,12 +204,16 @@ def identify_embedder(embedder: Embedder) -> str | None:
 
 def check_embeddings(embeddings: np.ndarray | torch.Tensor, records: int) -> np.ndarray:
     """The embeddings as float32 [N, D]; ValueError unless there is a row of floats for every input record."""
-    array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
-    if array.ndim != 2 or len(array) != records or not np.issubdtype(array.dtype, np.floating):
+    if isinstance(embeddings, torch.Tensor):
+        floats = embeddings.is_floating_point()
+    else:
+        floats = np.issubdtype(embeddings.dtype, np.floating)
+    if embeddings.ndim != 2 or len(embeddings) != records or not embeddings.shape[1] or not floats:
         raise ValueError(
             f"an embedding array has a row of floats for every input record: expected [{records}, D], "
-            f"got {list(array.shape)} of {array.dtype}"
+            f"got {list(embeddings.shape)} of {embeddings.dtype}"
         )
+    array = embeddings.detach().float().cpu().numpy() if isinstance(embeddings, torch.Tensor) else embeddings
     return array.astype(np.float32, copy=False)
 
 

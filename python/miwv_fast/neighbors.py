@@ -85,7 +85,8 @@ def nearest(
     """The k most similar other records by cosine, for each record in `candidates` (bool [N]), among them.
 
     Byte-identical embeddings form one group; similarities within 1e-6 of the best of those that are left are ties;
-    ties go to the lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's.
+    ties go to the lowest index. A record whose embedding is zero or not finite has no neighbour and is nobody's; a
+    warning says how many there are.
 
     Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
     embeddings is a copy of them and 256 MiB. Above, where FAISS is installed, its k-means divides them into cells,
@@ -173,7 +174,14 @@ def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
         norms[begin : begin + _BLOCK_ROWS] = np.linalg.norm(
             embeddings[begin : begin + _BLOCK_ROWS].astype(np.float64), axis=1
         )
-    members = np.flatnonzero(candidates & np.isfinite(norms) & (norms > 0))
+    directed = np.isfinite(norms) & (norms > 0)
+    without = np.flatnonzero(candidates & ~directed)
+    if len(without):
+        _log.warning(
+            "%d embeddings are zero or not finite: these records have no neighbour, the first is record %d",
+            *(len(without), without[0]),
+        )
+    members = np.flatnonzero(candidates & directed)
     digests = np.empty((len(members), 16), np.uint8)
     for begin in range(0, len(members), _BLOCK_ROWS):
         rows = embeddings[members[begin : begin + _BLOCK_ROWS]] + 0.0  # -0.0 is 0.0

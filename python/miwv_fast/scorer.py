@@ -23,6 +23,7 @@ from miwv_fast.embedding import (
     check_embedder,
     check_embeddings,
     identify_embedder,
+    open_embedder,
 )
 from miwv_fast.engine import Engine, LocalEngine, ModelFacts
 from miwv_fast.errors import Interrupted
@@ -75,8 +76,8 @@ def score(
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
-        embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, or a callable
-            from lists of at most 8,192 texts to such arrays.
+        embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, a .npy file of
+            one, or a callable from lists of at most 8,192 texts to such arrays.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
         neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. All others
             where there are not so many.
@@ -124,10 +125,13 @@ def score(
         raise ValueError(f"output {output} is a file; give a folder for the run")
     read_template(template)
     choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
+    embedder = open_embedder(embedder)
     source = open_source(data)
     if output is None or not (Location(output) / "neighbors.parquet").exists():
         check_embedder(embedder)
     records = read_records(source)
+    if isinstance(embedder, np.ndarray | torch.Tensor):
+        embedder = check_embeddings(embedder, len(records))
     if isinstance(model, tuple) or engine == "local":
         opened: Engine = LocalEngine(model, tokenizer, device, dtype, budget)
     else:
@@ -199,8 +203,6 @@ def _score_on(
     job.measure_zero_shot(bars)
     job.require_two(source)
     job.require_known(facts.vocab_size)
-    if isinstance(embedder, np.ndarray | torch.Tensor):
-        embedder = check_embeddings(embedder, len(records))
     if output is None:
         embeddings = _score(job, source, embedder, engine, share_prefix, bars, None)
         return Scores(job.table(), manifest, source, job.stats, embeddings)
@@ -268,10 +270,8 @@ def _keeper(run: Run, stopping: Callable[[], bool]) -> Callable[[int, np.ndarray
 def _describe_embedder(embedder: Embedder) -> str:
     if isinstance(embedder, str | Path):
         return str(embedder)
-    if isinstance(embedder, np.ndarray | torch.Tensor):
-        array = np.ascontiguousarray(
-            embedder.detach().float().cpu() if isinstance(embedder, torch.Tensor) else embedder
-        )
+    if isinstance(embedder, np.ndarray):
+        array = np.ascontiguousarray(embedder)
         return f"array {list(array.shape)} sha256 {hashlib.sha256(array.data).hexdigest()}"
     return (
         f"callable {getattr(embedder, '__module__', '')}.{getattr(embedder, '__qualname__', type(embedder).__name__)}"
