@@ -172,6 +172,7 @@ def test_select(conditions, expected):
         ({"top": 1, "min_response_tokens": 10}, ValueError, "min_response_tokens 10: the highest is 9"),
         ({"top": 1, "min_response_tokens": 2.5}, TypeError, "whole number"),
         ({"top": 1, "dedup": 0.9}, ValueError, "needs the embeddings"),
+        ({"top": 1, "dedup": "0.9", "embeddings": np.eye(5)}, TypeError, "dedup should be a number, it is '0.9'"),
         ({"top": 6}, ValueError, "cannot select 6 of 5"),
     ],
 )

@@ -277,6 +277,12 @@ class TestUnusable:
             ({"device": "gpu"}, ValueError, "unknown device"),
             ({"dtype": "int8"}, ValueError, "unknown dtype"),
             ({"progress": "yes"}, ValueError, "progress"),
+            ({"template": None}, TypeError, "template should be .*, it is None"),
+            ({"device": None}, TypeError, "device should be .*, it is None"),
+            ({"output": 5}, TypeError, "output should be .*, it is 5"),
+            ({"resume": "no"}, TypeError, "resume should be True or False, it is 'no'"),
+            ({"include_eos": 1}, TypeError, "include_eos should be True or False"),
+            ({"share_prefix": None}, TypeError, "share_prefix should be True or False"),
         ],
     )
     def test_arguments(self, llama, options, error, message):
@@ -292,10 +298,41 @@ class TestUnusable:
         assert scored.table.equals(again.table)
         assert again.stats["resumed_tokens"] > 0
 
-    def test_output_is_a_file(self, llama, tmp_path):
+    @pytest.fixture
+    def score(self, monkeypatch):
+        """Scoring that fails where it comes to the model."""
+        monkeypatch.setattr("miwv_fast.scorer.LocalEngine", lambda *_: pytest.fail("the model was loaded"))
+        return lambda **options: miwv_fast.score(self.ROWS, "no/such-model", embedder=text_embedder, **options)
+
+    def test_output_that_cannot_be_written(self, score, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
-        with pytest.raises(ValueError, match="is a file"):
-            miwv_fast.score(self.ROWS, llama, embedder=text_embedder, output=tmp_path / "file")
+        with pytest.raises(ValueError, match="file is a file; give a folder"):
+            score(output=tmp_path / "file")
+        with pytest.raises(ValueError, match=r"lies in .*file, which is a file"):
+            score(output=tmp_path / "file" / "new" / "run")
+        with pytest.raises(ValueError, match="holds other files than a run"):
+            score(output=tmp_path)
+        monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write everywhere
+        with pytest.raises(PermissionError, match=f"{tmp_path} cannot be written to"):
+            score(output=tmp_path / "new" / "run")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    @pytest.mark.parametrize(
+        "source, message",
+        [
+            ("{% if %}", "in line 1"),
+            ("{% macro prompt(instruction, input) %}{{ instruction }}\n{% endmacro %}", "no separator"),
+            (
+                "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction | upper }}\n"
+                "{% endmacro %}",
+                "it changes the instruction",
+            ),
+        ],
+    )
+    def test_template_that_cannot_be_used(self, score, tmp_path, source, message):
+        (tmp_path / "own.jinja").write_text(source)
+        with pytest.raises(ValueError, match=message):
+            score(template=tmp_path / "own.jinja")
 
 
 class TestSharedPrefixes:

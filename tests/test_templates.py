@@ -303,6 +303,7 @@ class TestJinjaFile:
         "source, message",
         [
             ("{% macro prompt(", "template"),
+            ("{% set separator = '' %}\n\n{% if %}", "own.jinja: .* in line 3$"),
             ("{% set separator = '' %}", "prompt"),
             ("{% macro prompt(instruction, input) %}{{ instruction }}\n{% endmacro %}", "separator"),
             ("{% set separator = '' %}{% macro prompt(instruction, input) %}hello\n{% endmacro %}", "instruction"),
@@ -357,6 +358,11 @@ class TestJinjaFile:
             load_template("alpacca", byte_level())
         with pytest.raises(FileNotFoundError, match=r"none\.jinja"):
             load_template(tmp_path / "none.jinja", byte_level())
+        with pytest.raises(TypeError, match="template should be a name or the path of a Jinja file, it is None"):
+            load_template(None, byte_level())
+        (tmp_path / "latin.jinja").write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"latin\.jinja is not UTF-8: .* at byte 2"):
+            load_template(tmp_path / "latin.jinja", byte_level())
 
     def test_no_chat_template(self):
         own = byte_level()

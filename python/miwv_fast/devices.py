@@ -21,6 +21,8 @@ def choose_device(device: str) -> str:
             kind = torch.device(device).type
         except RuntimeError:
             raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+        except TypeError:
+            raise TypeError(f"device should be auto, cpu, cuda or cuda:N, it is {device!r}") from None
         if kind not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r}: the kernels run on cpu and cuda")
         if kind == "cuda" and not torch.cuda.is_available():

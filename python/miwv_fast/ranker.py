@@ -164,6 +164,8 @@ def drop_near_duplicates(
     resembles none. Time grows with K times the records that are kept; memory is a copy of their embeddings and 64 MiB.
     Raises ValueError unless the threshold lies in (0, 1].
     """
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        raise TypeError(f"dedup should be a number, it is {threshold!r}")
     if not 0 < threshold <= 1:
         raise ValueError(f"dedup {threshold}: the cosine from which records are near-duplicates lies in (0, 1]")
     limit = threshold - _ROUNDING

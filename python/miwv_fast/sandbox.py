@@ -51,6 +51,8 @@ def limits(name: str) -> Iterator[None]:
             yield
         except MemoryError:
             raise ValueError(f"{name}: it takes more than {_MAX_BYTES >> 20} MiB of memory") from None
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{name}: {error.message} in line {error.lineno}") from error
         except Exception as error:  # whatever code that anybody wrote may raise
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
         finally:

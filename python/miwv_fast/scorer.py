@@ -35,8 +35,8 @@ from miwv_fast.records import Records, read_records
 from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
 from miwv_fast.stopping import finishing, stoppable
-from miwv_fast.store import Run
-from miwv_fast.templates import CHAT_DATE, load_template, read_template
+from miwv_fast.store import Run, check_output
+from miwv_fast.templates import CHAT_DATE, check_template, load_template
 
 _SHOWN_REJECTIONS = 5
 
@@ -115,15 +115,20 @@ def score(
     Source: Jiang et al., AAAI 2026, arXiv 2511.07074.
     """
     # What can be checked without the model is checked before it is loaded.
+    for name, value in (("include_eos", include_eos), ("share_prefix", share_prefix), ("resume", resume)):
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} should be True or False, it is {value!r}")
     neighbors = _whole("neighbors", neighbors, 1)
     max_length = None if max_length is None else _whole("max_length", max_length, 2)
     budget = None if batch_tokens == "auto" else _whole("batch_tokens", batch_tokens, 1)
     workers = None if workers is None else _whole("workers", workers, 1)
     _check_engine(engine, model, device, ray_address, workers, gpus_per_worker)
     bars = Progress(progress)
-    if output is not None and Location(output).is_file():
-        raise ValueError(f"output {output} is a file; give a folder for the run")
-    read_template(template)
+    if output is not None:
+        if not isinstance(output, str | os.PathLike):
+            raise TypeError(f"output should be a folder or a URL, it is {output!r}")
+        check_output(output)
+    check_template(template)
     choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
     embedder = open_embedder(embedder)
     source = open_source(data)

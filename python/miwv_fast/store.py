@@ -61,11 +61,7 @@ class Run:
     ) -> None:
         self.folder = Location(folder)
         self.manifest = json.loads(json.dumps(dict(manifest)))
-        if self.folder.is_file():
-            raise ValueError(f"output {folder} is a file; give a folder for the run")
-        there = {name for name in self.folder.names() if not _TEMPORARY.fullmatch(name)}
-        if there - {"lock"} and "manifest.json" not in there:
-            raise ValueError(f"output {folder} holds other files than a run; give another folder")
+        there = check_output(folder)
         if not resume and there:
             Lock(self.folder).release()  # nobody may be writing what is moved away
             _move_aside(self.folder)
@@ -221,6 +217,28 @@ class Run:
         aside.make_folder()
         path.move(aside / path.name)
         _log.warning("%s: %s; set aside in %s and computed again", path.name, reason, aside)
+
+
+def check_output(output: str | os.PathLike[str] | Location) -> set[str]:
+    """The names in a folder that a run can be written to, none where it is not there yet.
+
+    Raises ValueError where it is a file, lies in one or holds something else than a run, PermissionError where nothing
+    can be written.
+    """
+    folder = Location(output)
+    if folder.is_file():
+        raise ValueError(f"output {folder} is a file; give a folder for the run")
+    if folder.local:
+        path = folder.local.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise ValueError(f"output {folder} lies in {there}, which is a file; give another folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"output {folder}: {there} cannot be written to; give another folder")
+    names = {name for name in folder.names() if not _TEMPORARY.fullmatch(name)}
+    if names - {"lock"} and "manifest.json" not in names:
+        raise ValueError(f"output {folder} holds other files than a run; give another folder")
+    return names
 
 
 def run_status(run: str | os.PathLike[str] | Location) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jinja2
 import jinja2.sandbox
@@ -113,8 +113,10 @@ class Template(Protocol):
 def read_template(template: str | Path) -> str | None:
     """The Jinja source of a template given by name or file, None for `chat`, whose source the tokenizer holds.
 
-    Raises ValueError for an unknown name, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown name or a file that is not UTF-8, FileNotFoundError for a missing file.
     """
+    if not isinstance(template, str | Path):
+        raise TypeError(f"template should be a name or the path of a Jinja file, it is {template!r}")
     if template == "chat":
         return None
     if template in ("alpaca", "plain"):
@@ -124,7 +126,18 @@ def read_template(template: str | Path) -> str | None:
         raise ValueError(f"unknown template {str(template)!r}; known are alpaca, plain, chat, or a .jinja file")
     if not path.is_file():
         raise FileNotFoundError(f"no such template file: {path}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def check_template(template: str | Path) -> None:
+    """Raises, before there is a tokenizer, what `load_template` raises for a template that is not `chat`."""
+    source = read_template(template)
+    if source is not None:
+        # Compiling and trying it asks nothing of the encoder.
+        PairTemplate(str(template), source, cast(SegmentEncoder, None), include_eos=False)
 
 
 def load_template(
