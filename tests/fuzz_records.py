@@ -132,6 +132,8 @@ def plain_rows(path: Path, content: bytes) -> list[Any] | None:
             return None
         if len(set(header)) < len(header) or last != ["last"]:  # within a quote that is never closed
             return None
+        if len(header) == 1 and set(header[0]) & set(";\t"):  # separated by something else
+            return None
         return [dict(zip(header, row, strict=True)) if len(row) == len(header) else None for row in rows]
     if content.lstrip().startswith(b"["):
         try:

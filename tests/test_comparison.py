@@ -80,6 +80,11 @@ def test_runs_of_different_data_are_refused(other, message):
         miwv_fast.compare(scores, other)
 
 
+def test_the_name_of_a_run_is_not_its_scores():
+    with pytest.raises(TypeError, match="this is 'run'; load_scores reads them"):
+        miwv_fast.compare(Scores(random_scores(10)), "run")
+
+
 def test_the_same_data_may_have_moved():
     manifests = [{"data": {"files": [{"path": path, "sha256": "1"}]}} for path in ("a", "b")]
     a, b = (Scores(random_scores(10), manifest) for manifest in manifests)

@@ -89,6 +89,13 @@ def test_rows_that_json_can_hardly_hold(tmp_path, caplog):
     assert "record 2: field 'me' cannot be written" in caplog.text and "record 3: field 'deep'" in caplog.text
 
 
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path / 'in'} is a folder; give a file"):
+        write_jsonl(tmp_path / "in", [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_links_and_pipes(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")

@@ -41,6 +41,22 @@ def test_another_tokenizer_for_a_loaded_pair(tmp_path):
     own.save_pretrained(tmp_path)
     model = tiny_model("llama", len(own))
     assert load_model((model, None), tokenizer=str(tmp_path)).tokenizer("hi").input_ids == own("hi").input_ids
+    assert load_model((model, str(tmp_path))).tokenizer("hi").input_ids == own("hi").input_ids
+    for wrong in (5, None):
+        with pytest.raises(TypeError, match=f"a tokenizer is one of transformers, .* this is {wrong}"):
+            load_model((model, wrong))
+    model.save_pretrained(tmp_path)
+    for given in ((model, own), str(tmp_path)):
+        with pytest.raises(TypeError, match="a tokenizer is one of transformers, or its name or folder, this is 5"):
+            load_model(given, tokenizer=5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_checkpoint_without_a_tokenizer(tmp_path, kind):
+    """Of the second kind transformers makes an empty one."""
+    tiny_model(kind, 100).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"there is none in this folder; give one as tokenizer \(--tokenizer\)"):
+        load_model(tmp_path)
 
 
 def test_unusable_models(tmp_path):

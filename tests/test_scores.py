@@ -137,6 +137,9 @@ def test_run_folder(rows, llama, scored, tmp_path, caplog):
         of_file.select(3)
     with pytest.raises(ValueError, match="its texts differ"):
         miwv_fast.load_scores(tmp_path / "run").select(3)
+    data.unlink()
+    with pytest.raises(ValueError, match=r"file .*data\.jsonl is not there any more; give the data .* \(--data\)"):
+        miwv_fast.load_scores(tmp_path / "run").select(3)
 
 
 def test_run_of_an_iterable_keeps_the_records(rows, llama, scored, tmp_path):

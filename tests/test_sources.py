@@ -125,6 +125,22 @@ def test_bad_lines_are_rows_with_an_error(tmp_path):
     assert "not UTF-8 at byte 0" in rows[2].error
 
 
+@pytest.mark.parametrize("text", [json.dumps(ROWS[0], indent=2), '{"a": 1,\n"b": 2}', '{"a": {"b": 1}\n}\n'])
+def test_a_record_on_several_lines(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    first = next(open_source(tmp_path / "rows.json").rows())
+    assert "the end of the line; a file has a record on each line, or is an array of records" in first.error
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_csv_with_another_separator(tmp_path, separator):
+    (tmp_path / "rows.csv").write_text(separator.join(["instruction", "output"]) + "\na,b\n")
+    with pytest.raises(
+        ValueError, match=r"rows\.csv: the header is one column, 'instruction.*separate columns by commas"
+    ):
+        values(tmp_path / "rows.csv")
+
+
 def test_bad_csv_rows(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'instruction,output\na,b\nonly one\n\n"x\ny",\xff\nc,d,e\nf,g\n')

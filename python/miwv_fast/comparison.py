@@ -44,6 +44,11 @@ def compare(a: Scores, b: Scores) -> Comparison:
 
     Raises ValueError if they are of different data, or if no two records have a score in both.
     """
+    for scores in (a, b):
+        if not isinstance(scores, Scores):
+            raise TypeError(
+                f"compare takes scores, this is {scores!r:.80}; load_scores reads them from a run or a file"
+            )
     _require_same_data(a, b)
     miwv = [scores.table["miwv"].to_numpy(zero_copy_only=False).astype(np.float64) for scores in (a, b)]
     both = np.flatnonzero(~np.isnan(miwv[0]) & ~np.isnan(miwv[1]))

@@ -242,9 +242,12 @@ def _plain(value: Any) -> Any:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file.
 
-    A link stays a link. What is no file, such as a pipe or a terminal, is written to as it is.
+    A link stays a link. What is no file, such as a pipe or a terminal, is written to as it is. Raises IsADirectoryError
+    for a folder.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a file")
+    if path.exists() and not path.is_file():
         write(path)
         return
     path = path.resolve() if path.is_symlink() else path

@@ -91,7 +91,9 @@ def _read_json_lines(path: Path, stream: BinaryIO) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             yield Row(location, line.decode(errors="backslashreplace"), f"not UTF-8 at byte {error.start} of the line")
         except json.JSONDecodeError as error:
-            yield Row(location, line.decode(), f"not JSON: {error.msg} at column {error.colno}")
+            goes_on = error.pos == len(error.doc)
+            hint = ", the end of the line; a file has a record on each line, or is an array of records"
+            yield Row(location, line.decode(), f"not JSON: {error.msg} at column {error.colno}{hint * goes_on}")
         except (ValueError, RecursionError) as error:
             yield Row(location, line.decode(), f"not readable JSON: {error}")
 
@@ -114,6 +116,8 @@ def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
             header = next(reader, None)
         if header is None:
             return
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+            raise ValueError(f"{path}: the header is one column, {header[0][:80]!r}; separate columns by commas")
         twice = sorted({name for name in header if name and header.count(name) > 1})
         if twice:
             raise ValueError(f"{path}: the header names {twice[0]!r} twice")

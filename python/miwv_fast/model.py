@@ -17,11 +17,14 @@ from miwv_fast.assembly import TokenSequence
 from miwv_fast.devices import choose_device, choose_dtype, to_device
 from miwv_fast.head import Scored, positions_at_a_time
 from miwv_fast.probe import agree, find_head
+from miwv_fast.shapes import shorten
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from miwv_fast.prefixes import Prefixes
+
+NO_TOKENIZER = object()  # for whom sequences come as tokens
 
 _log = logging.getLogger(__name__)
 
@@ -262,13 +265,12 @@ def load_model(
         loaded, own_tokenizer = model
         if not isinstance(loaded, torch.nn.Module):
             raise TypeError(f"a loaded model is given as (model, tokenizer), the first is {type(loaded).__name__}")
-        if isinstance(tokenizer, str | Path):
-            tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(own_tokenizer, tokenizer)
         if device != "auto":
             loaded = loaded.to(target)
         if dtype != "auto":
             loaded = loaded.to(chosen)
-        return CausalLM(loaded, tokenizer or own_tokenizer, getattr(loaded, "name_or_path", "") or "the model")
+        return CausalLM(loaded, tokenizer, getattr(loaded, "name_or_path", "") or "the model")
     if not isinstance(model, str | Path):
         raise TypeError(f"model should be a name, a path or a (model, tokenizer) pair, it is {type(model).__name__}")
     folder, extra = _locate(model)
@@ -284,13 +286,27 @@ def load_model(
     return CausalLM(loaded.to(target), tokenizer, str(model))
 
 
-def load_tokenizer(model: str | Path, tokenizer: Any = None) -> Any:
-    """The tokenizer given, by name or as it is, otherwise the model's own. Raises as `load_model` does."""
-    if tokenizer is not None and not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
+def load_tokenizer(own: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, otherwise a model's own, which goes by the model's name; loaded where it is a name.
 
-    return _load(AutoTokenizer, "tokenizer", *_locate(model if tokenizer is None else tokenizer))
+    Raises as `load_model` does, and TypeError for what is no tokenizer of transformers.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    chosen = own if tokenizer is None else tokenizer
+    if not isinstance(chosen, str | Path):
+        if not isinstance(chosen, PreTrainedTokenizerBase) and chosen is not NO_TOKENIZER:
+            raise TypeError(f"a tokenizer is one of transformers, or its name or folder, this is {chosen!r:.80}")
+        return chosen
+    folder, extra = _locate(chosen)
+    # Of some kinds an empty one would be made.
+    files = ("*token*", "*vocab*", "*.model", "tekken.json")
+    if Path(folder).is_dir() and not extra and not any(any(Path(folder).glob(name)) for name in files):
+        raise ValueError(
+            f"cannot load the tokenizer {folder!r}: there is none in this folder; give one as tokenizer (--tokenizer), "
+            "such as the name of the model that it was trained from"
+        )
+    return _load(AutoTokenizer, "tokenizer", folder, extra)
 
 
 def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:
@@ -310,4 +326,4 @@ def _load(loader: Any, what: str, name: str, options: dict[str, Any]) -> Any:
         return loader.from_pretrained(name, **options)
     except Exception as error:  # what damaged weights and configurations raise is nowhere listed
         reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load the {what} {name!r}: {reason[:300]}") from error
+        raise ValueError(f"cannot load the {what} {name!r}: {shorten(reason, 600)}") from error

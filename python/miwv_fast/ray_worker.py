@@ -16,10 +16,9 @@ import torch
 from miwv_fast.devices import choose_device
 from miwv_fast.embedding import load_embedder
 from miwv_fast.engine import LocalEngine, ModelFacts
+from miwv_fast.model import NO_TOKENIZER
 from miwv_fast.neighbors import search_rows
 from miwv_fast.packing import PackedUnit, pack_near, pack_result
-
-_NO_TOKENIZER = object()  # sequences come as tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelChoice:
         """The model in this process."""
         torch.set_num_threads(self.threads)
         spread = "auto" if self.gpus > 1 else None
-        return LocalEngine(self.model, _NO_TOKENIZER, self.device, self.dtype, self.batch_tokens, spread)
+        return LocalEngine(self.model, NO_TOKENIZER, self.device, self.dtype, self.batch_tokens, spread)
 
 
 def describe(choice: ModelChoice) -> tuple[ModelFacts, str]:

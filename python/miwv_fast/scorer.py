@@ -74,7 +74,7 @@ def score(
             `output`, or Dolly's `context` and `response`), `prompt` with `completion` or `response`, OpenAI `messages`,
             or ShareGPT `conversations`; with any of them the text of `system` counts.
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
-            evaluation mode, and moved or converted where `device` or `dtype` say so.
+            evaluation mode, and moved or converted where `device` or `dtype` say so. Its tokenizer may be a name.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
         embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, a .npy file of
             one, or a callable from lists of at most 8,192 texts to such arrays.

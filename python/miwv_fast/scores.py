@@ -161,7 +161,7 @@ class Scores:
         """Every row of the scored data in order, malformed ones included. Raises ValueError as `select` does."""
         source = self.source if data is None else open_source(data)
         if source is None:
-            raise ValueError("these scores do not hold their records; give the data that was scored as `data`")
+            raise ValueError(f"{_missing(self.manifest)}; give the data that was scored as `data` (--data)")
         count, texts = 0, TextDigest()
         for row in source.rows():
             yield row
@@ -311,6 +311,18 @@ def read_embeddings(run: Location) -> np.ndarray | None:
     except (EOFError, ValueError) as error:
         _log.warning("%s cannot be read: %s", path, error)
         return None
+
+
+def _missing(manifest: Mapping[str, Any]) -> str:
+    """Why `_find_source` finds none."""
+    described = manifest.get("data", {})
+    if "data_set" in described:
+        return f"the data set {described['data_set']} that was scored cannot be loaded"
+    paths = [file["path"] for file in described.get("files", [])]
+    missing = [path for path in paths if not Path(path).is_file()]
+    return (
+        f"the scored file {missing[0]} is not there any more" if missing else "these scores do not hold their records"
+    )
 
 
 def _find_source(manifest: Mapping[str, Any], data: object, run: Location | None) -> Source | None:
