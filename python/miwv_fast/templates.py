@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.sandbox
@@ -136,8 +136,7 @@ def check_template(template: str | Path) -> None:
     """Raises, before there is a tokenizer, what `load_template` raises for a template that is not `chat`."""
     source = read_template(template)
     if source is not None:
-        # Compiling and trying it asks nothing of the encoder.
-        PairTemplate(str(template), source, cast(SegmentEncoder, None), include_eos=False)
+        _PairPrompt(str(template), source)
 
 
 def load_template(
@@ -191,6 +190,36 @@ def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], str], str
     return lambda instruction, input: str(module.prompt(instruction=instruction, input=input)), separator
 
 
+class _PairPrompt:
+    """The prompt of a Jinja source, compiled and tried; `separator` stands between pairs."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self._name = name
+        self._macro, self.separator = compile_pair(name, source)
+        self.render = lru_cache(self._render)
+        for has_input in (False, True):
+            self.render(True, has_input)
+
+    def _render(self, has_instruction: bool, has_input: bool) -> list[str | int]:
+        with limits(f"template {self._name}"):
+            text = self._macro(_slot(0) if has_instruction else "", _slot(1) if has_input else "")
+        check_length(f"template {self._name}", text)
+        if text.endswith((" ", "\t")):
+            raise ValueError(f"template {self._name}: the prompt ends in a space; end it in a newline")
+        rendered = _split_slots(text)
+        if has_instruction and 0 not in rendered:
+            raise ValueError(f"template {self._name}: the prompt does not contain the instruction as it is")
+        for texts in _PROBES:
+            with limits(f"template {self._name}"):
+                real = self._macro(texts[0] if has_instruction else "", texts[1] if has_input else "")
+            if real != "".join(part if isinstance(part, str) else texts[part] for part in rendered):
+                raise ValueError(
+                    f"template {self._name}: it changes the instruction or input, or looks into it; it may only place "
+                    "them, as they are"
+                )
+        return rendered
+
+
 class PairTemplate:
     """Prompt-response pairs joined by a separator: `alpaca`, `plain`, and Jinja files.
 
@@ -204,11 +233,8 @@ class PairTemplate:
         self.end_of_turn = encoder.tokenizer.eos_token_id if include_eos else None
         if include_eos and self.end_of_turn is None:
             raise ValueError("include_eos=True, but the tokenizer has no end-of-sequence token")
-        self._macro, separator = compile_pair(name, source)
-        self._between = Prompt((separator,))
-        self._render = lru_cache(self._render_uncached)
-        for has_input in (False, True):
-            self._render(True, has_input)
+        prompt = _PairPrompt(name, source)
+        self._between, self._render = Prompt((prompt.separator,)), prompt.render
 
     def zero_shot(self, record: Record) -> TokenSequence:
         """The record alone, every response token scored."""
@@ -244,25 +270,6 @@ class PairTemplate:
             segments.append(_fill(rendered, (turn.instruction, turn.input)))
             segments.append(Response(turn.response, scored))
         return segments
-
-    def _render_uncached(self, has_instruction: bool, has_input: bool) -> list[str | int]:
-        with limits(f"template {self.name}"):
-            text = self._macro(_slot(0) if has_instruction else "", _slot(1) if has_input else "")
-        check_length(f"template {self.name}", text)
-        if text.endswith((" ", "\t")):
-            raise ValueError(f"template {self.name}: the prompt ends in a space; end it in a newline")
-        rendered = _split_slots(text)
-        if has_instruction and 0 not in rendered:
-            raise ValueError(f"template {self.name}: the prompt does not contain the instruction as it is")
-        for texts in _PROBES:
-            with limits(f"template {self.name}"):
-                real = self._macro(texts[0] if has_instruction else "", texts[1] if has_input else "")
-            if real != "".join(part if isinstance(part, str) else texts[part] for part in rendered):
-                raise ValueError(
-                    f"template {self.name}: it changes the instruction or input, or looks into it; it may only place "
-                    "them, as they are"
-                )
-        return rendered
 
 
 class ChatTemplate:
