@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,10 +91,16 @@ def log_softmax_gather(logits: Tensor, targets: Tensor, rows: Tensor | None) -> 
     return chosen.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-@cache
+@lru_cache(maxsize=1)
 def compiled(vocab: int) -> Callable[..., Tensor]:
-    """One for each V, which is then a constant in it; the number of rows becomes dynamic by itself."""
+    """One for each V, which is then a constant in it; the number of rows becomes dynamic by itself.
+
+    Types, views and ways to choose rows need a graph each, ten in all. Beyond its limit torch would go on without
+    compiling; here it raises, and where a version of torch cannot be told to, AttributeError does.
+    """
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(log_softmax_gather)
 
 
