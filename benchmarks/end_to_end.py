@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--threads", type=int, help="1 keeps CPU times honest on a machine that does other work too")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all ways; the medians of their times count")
+    parser.add_argument("--commit", help="what is measured (default: what git says)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -70,11 +71,12 @@ def main() -> None:
         arguments.folder = Path(folder)
         prepare(arguments)
         ways = [way for way in WAYS if (arguments.oda if way == "oda" else way in arguments.ways)]
-        rounds = [{way: run(way, arguments) for way in ways} for _ in range(arguments.repeat)]
-        results = {way: middle([results[way] for results in rounds]) for way in ways}
-    summary = sum_up(results, arguments)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
+        rounds: dict[str, list[dict[str, Any]]] = {}
+        for way in ways * arguments.repeat:
+            rounds.setdefault(way, []).append(run(way, arguments))
+            summary = sum_up({way: middle(results) for way, results in rounds.items()}, arguments)
+            if arguments.output:  # what there is, should a later way fail or take too long
+                arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
 
@@ -313,7 +315,7 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
             name: importlib.import_module(name).__version__ for name in ("miwv_fast", "torch", "transformers")
         },
         "commits": {
-            "miwv_fast": commit(Path(__file__).parent),
+            "miwv_fast": arguments.commit or commit(Path(__file__).parent),
             "oda": commit(arguments.oda) if arguments.oda else None,
         },
         "records": arguments.records,
@@ -324,7 +326,10 @@ def sum_up(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
 
 def commit(folder):
     """What is checked out there, None where that cannot be told."""
-    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

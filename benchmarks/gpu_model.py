@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def main() -> None:
         arguments.batch_tokens,
         not arguments.no_share_prefix,
     )
-    result = {"command": "python " + " ".join(["benchmarks/gpu_model.py", *sys.argv[1:]])} | result
+    given = re.sub(r" --output[= ]\S+", "", " ".join(["", *sys.argv[1:]]))
+    result = {"command": f"python benchmarks/gpu_model.py{given}"} | result
     print(json.dumps(result, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
