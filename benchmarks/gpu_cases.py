@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 
 import torch
 
@@ -21,7 +23,7 @@ SPLIT_ROWS = 256  # up to here both ways are timed
 
 @dataclass
 class Case:
-    kernel: str  # row, split or difference
+    kernel: str  # row, split, automatic (whichever of these ops chooses) or difference
     dtype: str
     vocab: int
     rows: int  # of the logits, of both together for a difference; density says how many of them are scored
@@ -34,15 +36,14 @@ class Case:
     fraction_of_copy: float | None = None  # our bytes per second over those that the copy reads and writes, at most 1
     fraction_of_read: float | None = None  # our bytes per second over those of the read, at most 1
     extra_bytes: int | None = None  # peak of torch's memory during a call, less the result
-    automatic: bool = True  # whether ops would choose this kernel here
+    automatic: bool = True  # whether ops would do it like this
     peers: dict[str, float] = field(default_factory=dict)
     peers_left_out: dict[str, str] = field(default_factory=dict)
+    left_out: str | None = None  # why it was not timed, though nothing is wrong
+    error: str | None = None  # what is wrong
 
     def __post_init__(self) -> None:
         self.bytes = scored(self.rows, self.density) * self.vocab * DTYPES[self.dtype].itemsize
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def scored(rows: int, density: float) -> int:
@@ -50,31 +51,38 @@ def scored(rows: int, density: float) -> int:
 
 
 def grid(vocabs: tuple[int, ...] = VOCABS, rows: tuple[int, ...] = ROWS) -> Iterator[Case]:
-    """Ordered by importance within a vocabulary, so that a run cut short has the main cases."""
+    """Ordered by importance, so that a run cut short has the main cases of all vocabularies."""
+    counts = sorted(rows, reverse=True)
     for vocab in vocabs:
-        for density in DENSITIES:
-            for view in VIEWS:
-                for count in sorted(rows, reverse=True):
-                    for kernel in ("row", "split") if count <= SPLIT_ROWS and density == 1 else ("row",):
-                        yield Case(kernel, "bfloat16", vocab, count, density, view)
-        for count in sorted(rows, reverse=True):
+        for count in counts:
+            for kernel in ("row", "split") if count <= SPLIT_ROWS else ("row",):
+                yield Case(kernel, "bfloat16", vocab, count, DENSITIES[0], VIEWS[0])
+        for count in counts:
             if count >= SPLIT_ROWS:
-                yield Case("difference", "bfloat16", vocab, count, 1.0, "contiguous")
+                yield Case("difference", "bfloat16", vocab, count, DENSITIES[0], VIEWS[0])
         for dtype in ("float32", "float16"):
             if 4096 in rows:
-                yield Case("row", dtype, vocab, 4096, 1.0, "contiguous")
+                yield Case("row", dtype, vocab, 4096, DENSITIES[0], VIEWS[0])
+    for vocab in vocabs:
+        for density, view in list(product(DENSITIES, VIEWS))[1:]:
+            for count in counts:
+                yield Case("automatic", "bfloat16", vocab, count, density, view)
 
 
 class Timer:
     """Medians of single calls between events, each after a flush of L2 and a pause in which the host gets ahead.
 
-    `pause` is in cycles, more than the host takes to launch what is timed: 200,000 are a tenth of a millisecond.
+    The flush reads: after writing, L2 would be full of what the timed call has to write back. `pause` is in cycles,
+    more than the host takes to launch what is timed: 200,000 are a tenth of a millisecond.
     """
 
     def __init__(self, device: torch.device, pause: int = 200_000) -> None:
-        self.pause = pause
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(max(4 * l2, 2**28), dtype=torch.int8, device=device)
+        self.device, self.pause = device, pause
+
+    @cached_property
+    def flush(self) -> torch.Tensor:
+        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return torch.zeros(max(4 * l2, 2**28) // 4, device=self.device)
 
     def __call__(self, function: Callable[[], object], budget: float = 0.15) -> float:
         for _ in range(2):
@@ -89,7 +97,7 @@ class Timer:
         pairs = []
         for _ in range(count):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
+            self.flush.amax()
             torch.cuda._sleep(self.pause)
             begin.record()
             function()
@@ -99,9 +107,9 @@ class Timer:
         return [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
 
 
-def problem_of(case: Case, storage: torch.Tensor, seed: int) -> Problem:
+def problem_of(case: Case, storage: torch.Tensor) -> Problem:
     """Views of the storage, whose values are random: nothing is generated between cases of a vocabulary."""
-    generator = torch.Generator(storage.device).manual_seed(seed)
+    generator = torch.Generator(storage.device).manual_seed(0)
     batch = 1 if case.view == "contiguous" or case.rows < 4 else 4
     length = case.rows // batch
     full = storage[: batch * (length + 1) * case.vocab].view(batch, length + 1, case.vocab)
@@ -119,7 +127,6 @@ def measure(
     """Fills in the case; the result is compared with torch in float32 before anything is timed."""
     from miwv_fast import _core, ops
 
-    ops.launch.cuda_split = {"row": 0, "split": 1, "difference": -1}[case.kernel]
     targets = problem.chosen_targets
     if case.kernel == "difference":
         half = problem.full.shape[1] // 2
@@ -127,21 +134,25 @@ def measure(
         targets = problem.targets[:half]
         offsets = torch.arange(0, half + 64, 64, device=targets.device).clamp(max=half)
         call = lambda: ops.response_nll_difference(one, zero, targets, offsets)  # noqa: E731
-        check_difference(call(), one, zero, targets, offsets)
+        check = lambda result: check_difference(result, one, zero, targets, offsets)  # noqa: E731
     else:
         call = lambda: ops.token_logprobs(problem.logits, targets, problem.rows)  # noqa: E731
-        check_logprobs(call(), problem, 1e-4)
+        check = lambda result: check_logprobs(result, problem, 1e-4)  # noqa: E731
         shape = (0, ops.checks.DTYPES[DTYPES[case.dtype]], case.rows, case.vocab, case.vocab, case.rows, 0)
         device = problem.full.device.index
         splits = _core.cuda_scratch_bytes(shape, len(targets), 1, False, device, -1) > 0
-        case.automatic = splits == (case.kernel == "split")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    case.extra_bytes = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
-    case.seconds = timer(call)
-    ops.launch.cuda_split = -1
+        case.automatic = case.kernel == "automatic" or splits == (case.kernel == "split")
+    ops.launch.cuda_split = {"row": 0, "split": 1}.get(case.kernel, -1)
+    try:
+        check(call())
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        case.extra_bytes = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+        case.seconds = timer(call)
+    finally:
+        ops.launch.cuda_split = -1
     if case.bytes not in bounds:
         source = problem.full.view(-1)[: case.bytes // problem.full.element_size() // 2 * 2]
         target = torch.empty_like(source)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -13,22 +15,37 @@ TOKENS = (256, 4096, 16384)
 SLICE_BYTES = tuple(mib << 20 for mib in (16, 32, 64, 128, 256))
 
 
-def head_cases() -> Iterator[dict[str, object]]:
-    """V, H, tokens and bytes of a slice; the times are filled in by `measure_head`."""
+@dataclass
+class HeadCase:
+    vocab: int
+    hidden_size: int
+    tokens: int
+    slice_bytes: int
+    seconds: float | None = None  # median, L2 cold
+    product_seconds: float | None = None  # bfloat16 logits in one product
+    over_product: float | None = None
+    tflops: float | None = None
+    extra_bytes: int | None = None  # peak of torch's memory during a call
+    left_out: str | None = None  # why it was not timed, though nothing is wrong
+    error: str | None = None  # what is wrong
+
+
+def head_cases() -> Iterator[HeadCase]:
+    """Shapes, and slices of several sizes for each; `measure_head` fills in the times."""
     for vocab, width in SHAPES:
         for tokens in TOKENS:
             for slice_bytes in SLICE_BYTES:
                 if slice_bytes >= 2 * 4 * tokens * vocab:
                     continue  # all logits fit the one before
-                yield {"vocab": vocab, "hidden_size": width, "tokens": tokens, "slice_bytes": slice_bytes}
+                yield HeadCase(vocab, width, tokens, slice_bytes)
 
 
-def measure_head(case: dict[str, object], timer: Timer, device: torch.device) -> dict[str, object]:
-    """The case with `seconds`, `product_seconds` (bfloat16 logits in one product), their ratio, and extra bytes."""
+def measure_head(case: HeadCase, timer: Timer, device: torch.device) -> None:
+    """Fills in the case; the first response is compared with torch in float64 before anything is timed."""
     from miwv_fast import ops
     from miwv_fast.ops import products
 
-    vocab, width, tokens = (int(str(case[key])) for key in ("vocab", "hidden_size", "tokens"))
+    vocab, width, tokens = case.vocab, case.hidden_size, case.tokens
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(tokens, width, device=device, generator=generator).bfloat16()
     weight = (torch.randn(vocab, width, device=device, generator=generator) / width**0.5).bfloat16()
@@ -39,25 +56,20 @@ def measure_head(case: dict[str, object], timer: Timer, device: torch.device) ->
         # Room for a slice of any of the sizes, beside the hidden states that are gathered for it.
         return ops.linear_response_nll(hidden, weight, targets, offsets, workspace_bytes=1 << 30)
 
-    before_bytes, products._SLICE_BYTES["cuda"] = products._SLICE_BYTES["cuda"], int(str(case["slice_bytes"]))
+    before_bytes, products._SLICE_BYTES["cuda"] = products._SLICE_BYTES["cuda"], case.slice_bytes
     try:
         check(run(), hidden, weight, targets)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        extra = torch.cuda.max_memory_allocated() - before
-        seconds = timer(run)
+        case.extra_bytes = torch.cuda.max_memory_allocated() - before
+        case.seconds = timer(run)
     finally:
         products._SLICE_BYTES["cuda"] = before_bytes
     out = torch.empty(tokens, vocab, device=device, dtype=torch.bfloat16)
-    alone = timer(lambda: torch.mm(hidden, weight.T, out=out))
-    return case | {
-        "seconds": seconds,
-        "product_seconds": alone,
-        "over_product": seconds / alone,
-        "tflops": 2 * tokens * vocab * width / seconds / 1e12,
-        "extra_bytes": extra,
-    }
+    case.product_seconds = timer(lambda: torch.mm(hidden, weight.T, out=out))
+    case.over_product = case.seconds / case.product_seconds
+    case.tflops = 2 * tokens * vocab * width / case.seconds / 1e12
 
 
 def check(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
@@ -67,19 +79,15 @@ def check(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targ
         raise AssertionError(f"the first response is {result[0].item()}, it should be {expected.item()}")
 
 
-def head_table(cases: list[dict[str, object]]) -> str:
+def head_table(cases: list[HeadCase]) -> str:
     """What a README shows: the fastest slice of each shape."""
     lines = [
         "| V | H | tokens | slice, MiB | over the product | TFLOP/s | extra MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    best: dict[tuple[object, ...], dict[str, object]] = {}
-    for case in cases:
-        if case.get("seconds") is not None:
-            key = (case["vocab"], case["hidden_size"], case["tokens"])
-            if key not in best or case["seconds"] < best[key]["seconds"]:  # type: ignore[operator]
-                best[key] = case
-    for key, case in best.items():
-        cells = (*key, int(str(case["slice_bytes"])) >> 20, f"{case['over_product']:.3f}", f"{case['tflops']:.0f}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {int(str(case['extra_bytes'])) >> 20} |")
+    timed = [case for case in cases if case.tflops is not None]
+    for key, group in groupby(timed, lambda case: (case.vocab, case.hidden_size, case.tokens)):
+        best = min(group, key=lambda case: case.seconds)
+        cells = (*key, best.slice_bytes >> 20, f"{best.over_product:.3f}", f"{best.tflops:.0f}", best.extra_bytes >> 20)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

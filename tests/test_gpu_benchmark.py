@@ -5,48 +5,249 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 GPU = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+VOCABS = {32000, 50257, 128256, 151936, 262144}
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(GPU), *arguments], capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(GPU.parent)
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def run(gpu: ModuleType, tmp_path: Path) -> Any:
+    """A run that has begun, with a minute left."""
+    report = {"commit": None, "checks": {}, "rows": [], "head": [], "model": None, "job": None}
+    return gpu.Run(gpu.parse(["--out", str(tmp_path), "--minutes", "1"]), report, tmp_path / "gpu-x.json")
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    done = _run("--dry-run", "--out", str(tmp_path))
+    done = _python(str(GPU), "--dry-run", "--out", str(tmp_path), "--commit", "abc")
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("gpu-*.json")
+    (path,) = tmp_path.iterdir()
     report = json.loads(path.read_text())
     assert str(path) in done.stdout and "| kernel | V | rows |" in done.stdout
-    assert {"command", "date", "device", "driver", "versions", "checks", "cases"} <= set(report)
+    assert {"command", "date", "device", "driver", "versions", "checks", "rows"} <= set(report)
+    assert report["commit"] == "abc" and str(tmp_path) not in report["command"]
     assert len(report["head"]) == 42 and report["model"] is None
-    keys = {"kernel", "dtype", "vocab", "rows", "density", "view", "seconds", "bytes", "fraction_of_copy"}
+    keys = {"seconds", "bytes", "fraction_of_copy", "fraction_of_read", "peers", "left_out", "error"}
     shapes = set()
-    for case in report["cases"]:
-        assert keys | {"fraction_of_read", "peers"} <= set(case)
-        assert case["kernel"] in ("row", "split", "difference") and case["seconds"] is None and case["peers"] == {}
+    for case in report["rows"]:
+        assert keys <= set(case) and case["seconds"] is None and case["peers"] == {}
         shapes.add((case["vocab"], case["rows"], case["density"], case["view"]))
     assert len(shapes) == 5 * 5 * 3 * 2
-    assert {case["bytes"] for case in report["cases"] if case["vocab"] == 50257 and case["rows"] == 1} == {2 * 50257}
+    assert {case["bytes"] for case in report["rows"] if case["vocab"] == 50257 and case["rows"] == 1} == {2 * 50257}
+
+
+def test_the_grid_times_what_ops_does_and_begins_with_the_main_cases(gpu: ModuleType) -> None:
+    cases = list(gpu.grid())
+    kernels: dict[bool, set[tuple[str, int]]] = {True: set(), False: set()}
+    for case in cases:
+        kernels[case.density == 1 and case.view == "contiguous"].add((case.kernel, case.rows))
+    few, many = {1, 16, 256}, {4096, 16384}
+    forced = {("row", rows) for rows in few | many} | {("split", rows) for rows in few}
+    assert kernels[True] == forced | {("difference", rows) for rows in (256, *many)}
+    assert kernels[False] == {("automatic", rows) for rows in few | many}
+    main = [case.density == 1 and case.view == "contiguous" for case in cases]
+    assert main == sorted(main, reverse=True) and {case.vocab for case in cases[: sum(main)]} == VOCABS
+
+
+def test_what_goes_wrong_with_a_case_is_noted_and_the_rest_goes_on(gpu: ModuleType, run: Any) -> None:
+    errors = [AssertionError("off by 3 nats"), RuntimeError("CUDA error\nmore"), torch.OutOfMemoryError("none left")]
+    cases = run.report["rows"] = list(gpu.grid((32000,), (4096, 16)))[:5]
+    seen = []
+
+    def measure(case: Any) -> None:
+        seen.append([case["error"] for case in json.loads(run.path.read_text())["rows"]] if seen else [])
+        if len(seen) <= len(errors):
+            raise errors[len(seen) - 1]
+        case.seconds, case.fraction_of_copy, case.fraction_of_read = 1e-5, 0.5, 0.5
+
+    gpu.each(run, cases, measure, gpu.line)
+    assert seen[3] == ["AssertionError: off by 3 nats", "RuntimeError: CUDA error", None, None, None]
+    assert cases[2].left_out == "OutOfMemoryError: none left" and len(seen) == len(cases)
+    assert [case["seconds"] for case in json.loads(run.path.read_text())["rows"]] == [None] * 3 + [1e-5] * 2
+    wrong = gpu.failures(run.report)
+    assert len(wrong) == 2 and "rows 4096" in wrong[0] and wrong[0].endswith("off by 3 nats")
+    assert len(gpu.table(cases).splitlines()) == 2 + sum(case.seconds is not None for case in cases[:4])
+
+
+def test_cases_that_there_is_no_time_for(gpu: ModuleType, run: Any) -> None:
+    run.arguments.minutes = 0
+    gpu.each(run, cases := list(gpu.head_cases()), pytest.fail, str)
+    assert {case.left_out for case in cases} == {"out of time"}
+
+
+@dataclass
+class Parts:
+    """Parts that do nothing: which of them fail, and what the file had when each began."""
+
+    failing: tuple[str, ...] = ()
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def parts(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Parts:
+    """In place of the real ones, and there seems to be a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda commit: {"device": "NVIDIA X1", "date": "today", "commit": commit})
+    parts = Parts()
+
+    def part(name: str) -> Callable[[Any], None]:
+        def go(run: Any) -> None:
+            parts.found[name] = json.loads(run.path.read_text()) if run.path.exists() else {}
+            if name in ("rows", "head"):
+                run.report[name] = list(gpu.grid() if name == "rows" else gpu.head_cases())
+            else:
+                where = run.report if name in gpu.TIMED else run.report["checks"]
+                where[name] = {"ok": name not in parts.failing, "summary": f"{name} has run"}
+
+        return go
+
+    for name in gpu.PARTS:
+        monkeypatch.setitem(gpu.PARTS, name, part(name))
+    return parts
+
+
+def test_the_file_is_there_after_each_part(gpu: ModuleType, parts: Parts, tmp_path: Path) -> None:
+    assert gpu.main(["--out", str(tmp_path), "--oda", str(tmp_path), "--commit", "abc"]) == 0
+    found = parts.found
+    assert list(found) == ["build", "tests", "sanitizer", "rows", "head", "model", "job"]
+    assert list(found["tests"]["checks"]) == ["build"] and list(found["rows"]["checks"]) == list(found)[:3]
+    assert found["head"]["rows"] and found["model"]["head"] and found["job"]["model"]["ok"]
+    report = json.loads((tmp_path / "gpu-x1-today.json").read_text())
+    assert report["job"]["ok"] and report["command"] == "python benchmarks/gpu.py --oda CHECKOUT --commit abc"
+
+
+@pytest.mark.parametrize(
+    ("failing", "options", "expected"),
+    [
+        ("build", ["--keep-going"], ["build"]),
+        ("tests", [], ["build", "tests", "sanitizer"]),
+        ("tests", ["--keep-going", "--parts", "rows", "tests"], ["tests", "rows"]),
+        ("model", ["--parts", "model", "job"], ["model", "job"]),
+    ],
+)
+def test_what_follows_a_failure(
+    gpu: ModuleType, parts: Parts, tmp_path: Path, failing: str, options: list[str], expected: list[str]
+) -> None:
+    parts.failing = (failing,)
+    assert gpu.main(["--out", str(tmp_path), *options]) == 1
+    assert list(parts.found) == expected
+    timed = [name for name in expected if name in gpu.TIMED]
+    (path,) = tmp_path.iterdir()
+    assert path.name == "-".join(["gpu-x1-today", *(timed if "--parts" in options else [])]) + ".json"
+
+
+def test_a_step_that_takes_too_long_ends_with_all_that_it_has_started(gpu: ModuleType, run: Any) -> None:
+    run.arguments.minutes = 2 / 60
+    result = gpu.step(run, "slow", ["sh", "-c", "sleep 60 & echo $!; wait"])
+    pid = (run.arguments.out / "gpu-slow.log").read_text().strip()
+    assert not result["ok"] and "out of time" in result["summary"] and result["summary"].endswith(pid)
+    stat, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 30
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+    assert gpu.step(run, "late", ["false"]) == {"ok": False, "seconds": 0, "summary": "not begun: out of time"}
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "ok", "summary"),
+    [
+        ("echo 12 passed in 3 s; echo a last word", {"proof": r"\d+ passed"}, True, "12 passed in 3 s"),
+        ("echo 12 skipped in 3 s", {"proof": r"\d+ passed"}, False, "12 skipped in 3 s"),
+        ("echo 1 failed, 11 passed; false", {"proof": r"\d+ passed"}, False, "1 failed, 11 passed"),
+        ("echo x.cu: error: no; echo pip; false", {"cause": "error:"}, False, "x.cu: error: no"),
+        ("echo pip; false", {"cause": "error:"}, False, "pip"),
+        ("echo error: none; echo built", {"cause": "error:"}, True, "built"),
+        ("true", {}, True, ""),
+    ],
+)
+def test_how_a_step_ended(
+    gpu: ModuleType, run: Any, script: str, options: dict[str, str], ok: bool, summary: str
+) -> None:
+    result = gpu.step(run, "x", ["sh", "-c", script], **options)
+    assert (result["ok"], result["summary"]) == (ok, summary)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_benchmark_that_fails_leaves_what_it_has_written(
+    gpu: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Its file is read into the report and goes, since some machines give few files back."""
+    import gpu_run
+
+    script = "import sys; open(sys.argv[-1], 'w').write('{\"ways\": 3}'); sys.exit(int(sys.argv[1]))"
+    (run.arguments.out / "benchmarks").mkdir()
+    (run.arguments.out / "benchmarks" / "x.py").write_text(script)
+    monkeypatch.setattr(gpu_run, "ROOT", run.arguments.out)
+    result = gpu.benchmark(run, "x", ["x.py", str(status)])
+    assert result["ways"] == 3 and result.get("ok", True) == (status == 0)
+    assert {path.name for path in run.arguments.out.iterdir()} == {"benchmarks", "gpu-x.log"}
+
+
+@pytest.fixture
+def compiled(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., torch.Tensor]]:
+    import gpu_peers
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+    options = {"recompile_limit": 8, "fail_on_recompile_limit_hit": False}
+    with torch._dynamo.config.patch(options):
+        yield gpu_peers.compiled(7)
+    gpu_peers.compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_what_torch_compiles_no_more_is_left_out(compiled: Callable[..., torch.Tensor]) -> None:
+    assert torch._dynamo.config.recompile_limit > 10
+    torch._dynamo.config.recompile_limit = 1
+    targets = torch.zeros(3, dtype=torch.int64)
+    assert compiled(torch.zeros(3, 7), targets, None).shape == (3,)
+    with pytest.raises(Exception, match="recompile_limit"):
+        compiled(torch.zeros(3, 7, dtype=torch.bfloat16), targets, None)
 
 
 def test_the_end_to_end_pass_on_a_cpu(tmp_path: Path) -> None:
     """A model of no size over the lengths of 300 records: the plan, the batches and the figures are the real ones."""
-    command = [sys.executable, str(GPU.with_name("gpu_model.py")), "--device", "cpu", "--shape", "tiny"]
-    command += ["--records", "300", "--output", str(tmp_path / "model.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    arguments = ["--device", "cpu", "--shape", "tiny", "--records", "300", "--output", str(tmp_path / "model.json")]
+    done = _python(str(GPU.with_name("gpu_model.py")), *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "model.json").read_text())
     assert 0.6 < result["forwarded_tokens"] / result["two_plain_passes_tokens"] < 0.75
     assert 0 < result["fraction_of_matrix_product"] < 1 and result["padding_share"] < 0.1
+    assert str(tmp_path) not in result["command"]
+
+
+@pytest.mark.slow
+def test_the_whole_job_keeps_what_it_has_when_a_way_fails(real_data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    arguments = ["--shape", "tiny", "--records", "12", "--threads", "1", "--ways", "ours", "--commit", "abc"]
+    done = _python(str(GPU.with_name("end_to_end.py")), *arguments, "--oda", str(tmp_path), "--output", str(output))
+    assert done.returncode == 1 and "MIWVScorer" in done.stderr
+    result = json.loads(output.read_text())
+    assert list(result["ways"]) == ["ours"] and result["ways"]["ours"]["forwarded_tokens"] > 1000
+    assert result["commits"]["miwv_fast"] == "abc"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = _run("--out", str(tmp_path))
+    done = _python(str(GPU), "--out", str(tmp_path))
     assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
