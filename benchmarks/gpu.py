@@ -49,17 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = re.sub(r" --out[= ]\S+", "", " ".join(["", *(sys.argv[1:] if argv is None else argv)]))
     given = re.sub(r" --oda[= ]\S+", " --oda CHECKOUT", given)
     report = {"command": f"python benchmarks/gpu.py{given}"} | environment(arguments.commit)
-    report |= {"checks": {}, "rows": [], "head": [], "model": None, "job": None}
+    report |= {"checks": {}, "cases": [], "head": [], "model": None, "job": None}
     timed = [name for name in TIMED if name in arguments.parts]
     names = ["gpu", slug(report["device"] or "dry-run"), report["date"], *(timed if timed != list(TIMED) else [])]
     run = Run(arguments, report, arguments.out / f"{'-'.join(names)}.json")
     if arguments.dry_run:
-        report["rows"] = list(grid(tuple(arguments.vocabs), tuple(arguments.rows)))
+        report["cases"] = list(grid(tuple(arguments.vocabs), tuple(arguments.rows)))
         report["head"] = list(head_cases())
     else:
         go(run)
     run.save()
-    print(table(report["rows"]))
+    print(table(report["cases"]))
     print(head_table(report["head"]))
     for name in ("model", "job"):
         print(f"{name}: {json.dumps(report[name])}")
@@ -86,7 +86,7 @@ def failures(report: dict[str, Any]) -> list[str]:
     """What makes the exit status 1. Cases that there was no time or no memory for do not."""
     processes = report["checks"] | {name: report[name] or {} for name in ("model", "job")}
     wrong = [f"{name}: {result['summary']}" for name, result in processes.items() if result.get("ok") is False]
-    for case in (*report["rows"], *report["head"]):
+    for case in (*report["cases"], *report["head"]):
         if case.error:
             shape = [f"{name} {value}" for name, value in asdict(case).items() if name in SHAPE]
             wrong.append(f"{', '.join(shape)}: {case.error}")
@@ -194,7 +194,7 @@ def sanitize(run: Run) -> None:
 def time_rows(run: Run) -> None:
     """The row kernels, with one storage for each vocabulary and type."""
     device = torch.device("cuda", 0)
-    cases = run.report["rows"] = list(grid(tuple(run.arguments.vocabs), tuple(run.arguments.rows)))
+    cases = run.report["cases"] = list(grid(tuple(run.arguments.vocabs), tuple(run.arguments.rows)))
     timer = Timer(device)
     held: dict[tuple[str, int], torch.Tensor] = {}
     bounds: dict[int, tuple[float, float]] = {}

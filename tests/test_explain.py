@@ -139,7 +139,7 @@ def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
     rows[2]["output"] = ""
     template = tmp_path / "mine.jinja"
     template.write_text(
-        "{% set separator = '\\n' %}{% macro prompt(instruction, input) %}{{ instruction }}:\n{% endmacro %}"
+        "{% set separator = '\\n' %}{% macro prompt(instruction, input) %}{{ instruction }}{{ input }}:\n{% endmacro %}"
     )
     model, tokenizer = llama
     model.save_pretrained(tmp_path / "model")

@@ -44,16 +44,16 @@ def test_dry_run(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     report = json.loads(path.read_text())
     assert str(path) in done.stdout and "| kernel | V | rows |" in done.stdout
-    assert {"command", "date", "device", "driver", "versions", "checks", "rows"} <= set(report)
+    assert {"command", "date", "device", "driver", "versions", "checks", "cases"} <= set(report)
     assert report["commit"] == "abc" and str(tmp_path) not in report["command"]
     assert len(report["head"]) == 42 and report["model"] is None
     keys = {"seconds", "bytes", "fraction_of_copy", "fraction_of_read", "peers", "left_out", "error"}
     shapes = set()
-    for case in report["rows"]:
+    for case in report["cases"]:
         assert keys <= set(case) and case["seconds"] is None and case["peers"] == {}
         shapes.add((case["vocab"], case["rows"], case["density"], case["view"]))
     assert len(shapes) == 5 * 5 * 3 * 2
-    assert {case["bytes"] for case in report["rows"] if case["vocab"] == 50257 and case["rows"] == 1} == {2 * 50257}
+    assert {case["bytes"] for case in report["cases"] if case["vocab"] == 50257 and case["rows"] == 1} == {2 * 50257}
 
 
 def test_the_grid_times_what_ops_does_and_begins_with_the_main_cases(gpu: ModuleType) -> None:
@@ -71,11 +71,11 @@ def test_the_grid_times_what_ops_does_and_begins_with_the_main_cases(gpu: Module
 
 def test_what_goes_wrong_with_a_case_is_noted_and_the_rest_goes_on(gpu: ModuleType, run: Any) -> None:
     errors = [AssertionError("off by 3 nats"), RuntimeError("CUDA error\nmore"), torch.OutOfMemoryError("none left")]
-    cases = run.report["rows"] = list(gpu.grid((32000,), (4096, 16)))[:5]
+    cases = run.report["cases"] = list(gpu.grid((32000,), (4096, 16)))[:5]
     seen = []
 
     def measure(case: Any) -> None:
-        seen.append([case["error"] for case in json.loads(run.path.read_text())["rows"]] if seen else [])
+        seen.append([case["error"] for case in json.loads(run.path.read_text())["cases"]] if seen else [])
         if len(seen) <= len(errors):
             raise errors[len(seen) - 1]
         case.seconds, case.fraction_of_copy, case.fraction_of_read = 1e-5, 0.5, 0.5
@@ -83,7 +83,7 @@ def test_what_goes_wrong_with_a_case_is_noted_and_the_rest_goes_on(gpu: ModuleTy
     gpu.each(run, cases, measure, gpu.line)
     assert seen[3] == ["AssertionError: off by 3 nats", "RuntimeError: CUDA error", None, None, None]
     assert cases[2].left_out == "OutOfMemoryError: none left" and len(seen) == len(cases)
-    assert [case["seconds"] for case in json.loads(run.path.read_text())["rows"]] == [None] * 3 + [1e-5] * 2
+    assert [case["seconds"] for case in json.loads(run.path.read_text())["cases"]] == [None] * 3 + [1e-5] * 2
     wrong = gpu.failures(run.report)
     assert len(wrong) == 2 and "rows 4096" in wrong[0] and wrong[0].endswith("off by 3 nats")
     assert len(gpu.table(cases).splitlines()) == 2 + sum(case.seconds is not None for case in cases[:4])
@@ -114,7 +114,9 @@ def parts(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Parts:
         def go(run: Any) -> None:
             parts.found[name] = json.loads(run.path.read_text()) if run.path.exists() else {}
             if name in ("rows", "head"):
-                run.report[name] = list(gpu.grid() if name == "rows" else gpu.head_cases())
+                run.report["cases" if name == "rows" else name] = list(
+                    gpu.grid() if name == "rows" else gpu.head_cases()
+                )
             else:
                 where = run.report if name in gpu.TIMED else run.report["checks"]
                 where[name] = {"ok": name not in parts.failing, "summary": f"{name} has run"}
@@ -131,7 +133,7 @@ def test_the_file_is_there_after_each_part(gpu: ModuleType, parts: Parts, tmp_pa
     found = parts.found
     assert list(found) == ["build", "tests", "sanitizer", "rows", "head", "model", "job"]
     assert list(found["tests"]["checks"]) == ["build"] and list(found["rows"]["checks"]) == list(found)[:3]
-    assert found["head"]["rows"] and found["model"]["head"] and found["job"]["model"]["ok"]
+    assert found["head"]["cases"] and found["model"]["head"] and found["job"]["model"]["ok"]
     report = json.loads((tmp_path / "gpu-x1-today.json").read_text())
     assert report["job"]["ok"] and report["command"] == "python benchmarks/gpu.py --oda CHECKOUT --commit abc"
 

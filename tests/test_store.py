@@ -462,7 +462,7 @@ def test_a_data_set_is_known_by_its_texts(folder, monkeypatch, kind):
 def test_a_renamed_template_is_the_same_run(folder, tmp_path):
     for name in ("one.jinja", "two.jinja"):
         (tmp_path / name).write_text(
-            "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}\n{% endmacro %}"
+            "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}{{ input }}\n{% endmacro %}"
         )
         scores = score(folder, "renamed", template=tmp_path / name)
     assert scores.stats["resumed_tokens"] == scores.stats["forwarded_tokens"] > 0
