@@ -135,7 +135,7 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
 
 
 def test_conversations_that_llama_factory_would_leave_out():
-    """It skips a conversation that ends with a user's turn, and stops at a text in parts."""
+    """It skips one that ends with a user's turn, stops at a text in parts, and does not know TRL's form."""
     plain = [row | {"source": "a", "system": "Be brief."} for row in make_rows("sharegpt", 2)]
     assert llama_factory_records(plain) == plain
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
@@ -151,6 +151,10 @@ def test_conversations_that_llama_factory_would_leave_out():
         assert first["source"] == "a" and [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
         tags = llama_factory_entry("s.jsonl", [first, second, last])["tags"]
         assert (tags["role_tag"], tags["user_tag"], tags["system_tag"]) == ("role", "user", "system")
+    conversational = {"prompt": [{"role": "user", "content": "Hi"}], "completion": answered[1:], "source": "b"}
+    pair, last = llama_factory_records([*make_rows("alpaca", 1), conversational])
+    assert last == {"source": "b", "messages": [{"role": "user", "content": "Hi"}, answered[1]]}
+    assert [m["role"] for m in pair["messages"]] == ["user", "assistant"] and "output" not in pair
 
 
 def test_the_field_of_an_input_is_looked_for_in_the_records():

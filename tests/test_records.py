@@ -102,6 +102,17 @@ def test_conversation():
     assert (record.id, record.system, record.embedded_text) == ("12", "Be kind.", "a\nc")
 
 
+def test_prompt_and_completion_of_messages():
+    """TRL's conversational form is the conversation that both make together."""
+    said = messages(("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    for response in ("completion", "response"):
+        for cut in (2, 4):
+            assert parse_record({"prompt": said[:cut], response: said[cut:]}) == parse_record({"messages": said})
+    for completion, message in (("d", "'completion' should be a list of messages"), (said[3:4], "two user messages")):
+        with pytest.raises(MalformedRecord, match=message):
+            parse_record({"prompt": said[:4], "completion": completion})
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [("a", "a"), (7, "7"), (np.int64(7), "7"), (7.0, "7"), (np.float64(7), "7"), (7.5, None), (float("nan"), None)],

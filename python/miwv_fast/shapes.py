@@ -56,9 +56,9 @@ def parse_record(value: object, index: int = 0) -> Record:
     """Reads one record of any of the four shapes, recognised by its keys.
 
     Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), `prompt` with
-    `completion` or `response`, OpenAI `messages`, ShareGPT `conversations`; with any of them the text of `system`,
-    unless the conversation has its own, and with the first two the turns of `history` before it, a list of pairs, as
-    LLaMA-Factory has it. Raises MalformedRecord (a ValueError) that says what is wrong.
+    `completion` or `response`, which may be lists of messages, OpenAI `messages`, ShareGPT `conversations`; with any of
+    them the text of `system`, unless the conversation has its own, and with the first two the turns of `history` before
+    it, a list of pairs, as LLaMA-Factory has it. Raises MalformedRecord (a ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -67,11 +67,14 @@ def parse_record(value: object, index: int = 0) -> Record:
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
     record_id = _own_id(value.get("id"))
     shape, beside = recognize(value), _text(value, "system")
-    if isinstance(shape, Pair):
+    if isinstance(shape, Pair) and shape.is_conversation(value):
+        prompt, response = (_as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
+        system, turns = _read_conversation([*prompt, *response], str(shape), "role", "content")
+    elif isinstance(shape, Pair):
         input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
         turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
         return Record(index, record_id, beside, (*_read_history(value.get("history")), turn))
-    if shape == "messages":
+    elif shape == "messages":
         system, turns = _read_conversation(value["messages"], "messages", "role", "content")
     else:
         system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
@@ -88,6 +91,10 @@ class Pair:
 
     def __str__(self) -> str:
         return f"{self.instruction} and {self.response}"
+
+    def is_conversation(self, value: Mapping[str, Any]) -> bool:
+        """Whether a record of this shape has messages in place of texts, as TRL's conversational form has."""
+        return self.instruction == "prompt" and isinstance(value.get("prompt"), list)
 
 
 # The first of which a record has instruction and response counts.

@@ -58,28 +58,32 @@ def write_for_trainer(
 def llama_factory_records(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The records as they came, unless one is a conversation that LLaMA-Factory leaves out or stops at.
 
-    That is one whose last turn nobody answers, or with a text in parts. Then all conversations become `messages` of
-    text, up to the last answer, with their other fields.
+    That is one whose last turn nobody answers, with a text in parts, or in TRL's form. Then all records become
+    `messages` of text, up to the last answer, with their other fields.
     """
     if all(map(_is_plain, rows)):
         return rows
-    shapes = [recognize(row) for row in rows]
-    if any(isinstance(shape, Pair) for shape in shapes):
-        return rows  # of which `llama_factory_entry` says that they have several shapes
     return [
-        {name: value for name, value in row.items() if name not in (shape, "system")}
+        {name: value for name, value in row.items() if name not in _fields(recognize(row))}
         | {"messages": _messages(parse_record(row))}
-        for row, shape in zip(rows, shapes, strict=True)
+        for row in rows
     ]
 
 
 def _is_plain(row: Mapping[str, Any]) -> bool:
     shape = recognize(row)
     if isinstance(shape, Pair):
-        return True
+        return not shape.is_conversation(row)
     role, content = _KEYS[shape]
     said = [message for message in row[shape] if message[role] not in _SYSTEM]
     return len(said) == 2 * len(parse_record(row).turns) and all(isinstance(m.get(content), str) for m in row[shape])
+
+
+def _fields(shape: Pair | str) -> tuple[str, ...]:
+    """The fields that a record's text stands in."""
+    if isinstance(shape, str):
+        return shape, "system"
+    return shape.instruction, *shape.inputs, shape.response, "history", "system"
 
 
 def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
