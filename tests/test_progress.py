@@ -31,7 +31,7 @@ def test_a_run_that_is_watched(llama, capsys):
         "records",
         "tokens",
         "left",
-        "2 of 2 units, 12 of 12 records",
+        "1 of 1 units, 12 of 12 records",
     ):
         assert expected in shown.err
 

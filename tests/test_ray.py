@@ -58,7 +58,7 @@ def one_thread():
 def folder(tmp_path_factory):
     """Data, a model, and a run of this process alone."""
     made = tmp_path_factory.mktemp("ray")
-    rows = "".join(json.dumps(row) + "\n" for row in make_rows("alpaca", 40))
+    rows = "".join(json.dumps(row) + "\n" for row in make_rows("alpaca", 60))
     (made / "data.jsonl").write_text(rows + "broken\n")
     own = byte_level()
     tiny_model("llama", len(own)).save_pretrained(made / "model")
@@ -163,7 +163,7 @@ def test_a_worker_with_another_model(folder, cluster):
 
 def test_a_node_dies(folder, cluster, monkeypatch):
     """A whole machine with its worker goes; the other one does all that is left, neighbours and scores as ever."""
-    embeddings = text_embedder([str(row) for row in range(41)])
+    embeddings = text_embedder([str(row) for row in range(61)])
     score(folder, "array", embedder=embeddings)
     after(monkeypatch, 6, lambda worker: cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False))
     score(folder, "node", embedder=embeddings, **ON_RAY)
