@@ -170,7 +170,7 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         ((*SCORE, "x", "--model", "small"), "but the model knows 100: do they belong together?"),
         ((*SCORE, "x", "--embedder", "empty.npy"), "empty.npy is not an array that numpy.save wrote"),
         ((*SCORE, "x", "--embedder", "zip.npy"), "zip.npy is not an array that numpy.save wrote"),
-        ((*SCORE, "x", "--embedder", "several.npy"), "several.npy is not an array that numpy.save wrote"),
+        ((*SCORE, "x", "--embedder", "several.npy"), "several.npy holds several arrays"),
         ((*SCORE, "x", "--embedder", "one.npy"), "expected [10, D]"),
         ((*SCORE, "x", "--embedder", "none.npy"), "no such embedding file"),
         ((*SCORE, "x", "--model", "empty"), "cannot load the"),

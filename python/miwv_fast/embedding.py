@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -158,6 +159,8 @@ def open_embedder(embedder: Embedder) -> Embedder:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
+        if zipfile.is_zipfile(path):
+            raise ValueError(f"{path} holds several arrays; save the embeddings alone, with numpy.save") from error
         raise ValueError(f"{path} is not an array that numpy.save wrote: {error}") from error
 
 

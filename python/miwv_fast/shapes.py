@@ -94,7 +94,9 @@ class Pair:
 
     def is_conversation(self, value: Mapping[str, Any]) -> bool:
         """Whether a record of this shape has messages in place of texts, as TRL's conversational form has."""
-        return self.instruction == "prompt" and isinstance(value.get("prompt"), list)
+        said = value.get("prompt")
+        messages = isinstance(said, Iterable) and not isinstance(said, str | bytes | Mapping)
+        return self.instruction == "prompt" and messages
 
 
 # The first of which a record has instruction and response counts.
