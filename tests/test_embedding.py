@@ -74,10 +74,14 @@ def test_errors(monkeypatch):
 
 
 def test_real_embedder(minilm):
+    from sentence_transformers import SentenceTransformer
+
     texts = ["Name three fruits.", "Solve 3 + 4.", "List some fruits, please.", "What is 5 + 9?"]
     embeddings = embed(column(*texts), str(minilm), "cpu", QUIET)
     assert embeddings.shape == (4, 384) and embeddings.dtype == np.float32
     assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [2, 3, 0, 1]
+    loaded = open_embedder(SentenceTransformer(str(minilm), device="cpu"))
+    np.testing.assert_array_equal(embed(column(*texts), loaded, "cpu", QUIET), embeddings)
 
 
 def test_a_named_embedder_is_looked_for_before_the_model_is_loaded(monkeypatch):

@@ -1,4 +1,4 @@
-"""Which instruction set runs, on this CPU and on others.
+r"""Which instruction set runs, on this CPU and on others.
 
 Run as a program, this file needs neither torch nor pytest: it loads the extension alone and compares every instruction
 set that the CPU offers with float64. So an emulator can stand in for CPUs that aren't at hand:
@@ -8,7 +8,14 @@ set that the CPU offers with float64. So an emulator can stand in for CPUs that 
     python=$(python -c 'import sys; print(sys.executable)')
     for cpu in Nehalem Haswell max; do qemu-x86_64-static -cpu $cpu $python tests/test_ops_dispatch.py $core; done
 
-which ends with `generic` alone for Nehalem, and with `generic avx2` for Haswell and max (qemu has no AVX-512).
+which ends with `generic` alone for Nehalem, and with `generic avx2` for Haswell and max (qemu has no AVX-512). For
+arm64, with an arm64 Python and its headers unpacked into $ROOT (`apt-get download python3.11:arm64`, `dpkg-deb -x`, and
+so on for what it needs), and g++-aarch64-linux-gnu:
+
+    aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -pthread -ffp-contract=fast -DMIWV_VERSION='""' -o _core.so \
+        -I$ROOT/usr/include -I$ROOT/usr/include/python3.11 $(python -m pybind11 --includes) csrc/bindings.cpp \
+        csrc/cpu/*.cpp
+    qemu-aarch64-static -L $ROOT $ROOT/usr/bin/python3.11 tests/test_ops_dispatch.py _core.so
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@
 #include "half.h"
 #include "product.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #define MIWV_INLINE inline __attribute__((always_inline))
 
 namespace miwv::cpu {
@@ -81,11 +85,19 @@ constexpr RowKernels kRowKernels[] = {
 #endif
 };
 
+#if defined(__x86_64__)
+// Not every Clang knows f16c in __builtin_cpu_supports. Whether the system saves the registers is asked with avx2.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 bool supported(const RowKernels& kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (kernels.isa == std::string("avx2"))
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (kernels.isa == std::string("avx512")) return avx512;

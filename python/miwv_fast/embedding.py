@@ -139,16 +139,18 @@ class _Calls:
 
 
 def open_embedder(embedder: Embedder) -> Embedder:
-    """The embedder, where it is the path of a .npy file the array in it, mapped into memory.
+    """The embedder ready for `embed`: of a loaded model its `encode`, of a .npy file the array, mapped into memory.
 
     Raises TypeError for what is neither name, array nor callable, FileNotFoundError for a missing file, ValueError for
     one that holds no array.
     """
     if not isinstance(embedder, str | Path):
+        if hasattr(embedder, "encode"):  # calling the model itself would run it on what is not tokenized
+            embedder = embedder.encode
         if not isinstance(embedder, np.ndarray | torch.Tensor) and not callable(embedder):
             raise TypeError(
-                "embedder should be a sentence-transformers name or folder, an array [N, D] or the .npy file of one, "
-                f"or a function from texts to such arrays; it is {type(embedder).__name__}"
+                "embedder should be a sentence-transformers name, folder or model, an array [N, D] or the .npy file of "
+                f"one, or a function from texts to such arrays; it is {type(embedder).__name__}"
             )
         return embedder
     path = Path(embedder)

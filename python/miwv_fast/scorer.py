@@ -76,8 +76,8 @@ def score(
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so. Its tokenizer may be a name.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
-        embedder: A sentence-transformers name or folder, an array [N, D] with a row per input record, a .npy file of
-            one, or a callable from lists of at most 8,192 texts to such arrays.
+        embedder: A sentence-transformers name, folder or loaded model, an array [N, D] with a row per input record, a
+            .npy file of one, or a callable from lists of at most 8,192 texts to such arrays.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
         neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. All others
             where there are not so many.
