@@ -68,7 +68,7 @@ def tokenize(
 
     A record that cannot be tokenized has no tokens; `reject` is called with its number and the reason.
     """
-    alone = GrowingRagged(len(records)), GrowingRagged(len(records), columns=2)
+    ids, spans = GrowingRagged(len(records)), GrowingRagged(len(records), columns=2)
     behind = _GrowingTails(len(records))
 
     def make(numbers: np.ndarray) -> TokenTable:
@@ -78,11 +78,11 @@ def tokenize(
 
     for numbers, table in _in_batches(np.flatnonzero(wanted), make, reject, advance):
         own = table.part(0, len(numbers))
-        alone[0].append(numbers, own.ids)
-        alone[1].append(numbers, own.spans)
+        ids.append(numbers, own.ids)
+        spans.append(numbers, own.spans)
         if len(table) > len(own):
-            behind.append(numbers, table.part(len(numbers), len(table)), own)
-    corpus = Corpus(TokenTable(alone[0].finish(), alone[1].finish()), [], template.end_of_turn)
+            behind.append(numbers, table.part(len(numbers), len(table)), own.ids)
+    corpus = Corpus(TokenTable(ids.finish(), spans.finish()), [], template.end_of_turn)
     if behind.filled:
         corpus.tails.append(behind.finish())
     return corpus
@@ -113,12 +113,12 @@ def tokenize_behind(
             inside = len(before) < table.spans[row][0, 0] and np.array_equal(ids[: len(before)], before)
             starts.append(len(before) if inside else 0)
             behind.append(inside)
-        own = [corpus.alone.ids[number] for number in numbers.tolist()]
+        own = Ragged.join([corpus.alone.ids[number] for number in numbers.tolist()])
         shorter = TokenTable(
             Ragged.join([table.ids[row][start:] for row, start in enumerate(starts)]),
             Ragged(table.spans.values - np.repeat(starts, table.spans.lengths)[:, None], table.spans.offsets),
         )
-        tails.append(numbers, shorter, TokenTable(Ragged.join(own), shorter.spans), np.array(behind))
+        tails.append(numbers, shorter, own, np.array(behind))
     return tails.finish()
 
 
@@ -130,15 +130,15 @@ class _GrowingTails:
         self._drop, self._behind = np.zeros(rows, np.int32), np.ones(rows, bool)
         self.filled = False
 
-    def append(self, numbers: np.ndarray, tails: TokenTable, own: TokenTable, behind: np.ndarray | None = None) -> None:
-        """What is common to the ends of a tail and of the record's own sequence is left out."""
-        common = _common_ends(tails.ids, own.ids)
+    def append(self, numbers: np.ndarray, tails: TokenTable, own: Ragged, behind: np.ndarray | None = None) -> None:
+        """What is common to the ends of a tail and of `own`, the record's own sequence, is left out."""
+        common = _common_ends(tails.ids, own)
         place = np.arange(len(tails.ids.values)) - np.repeat(tails.ids.offsets[:-1], tails.ids.lengths)
         kept = tails.ids.lengths - common
         head = tails.ids.values[place < np.repeat(kept, tails.ids.lengths)]
         self._head.append(numbers, Ragged(head, np.concatenate([[0], np.cumsum(kept)])))
         self._spans.append(numbers, tails.spans)
-        self._drop[numbers] = own.ids.lengths - common
+        self._drop[numbers] = own.lengths - common
         if behind is not None:
             self._behind[numbers] = behind
         self.filled = True
