@@ -42,7 +42,7 @@ class Job:
     template: Template
     max_length: int | None
     status: np.ndarray  # int8 [N], places in STATUSES; `ok` until something speaks against it
-    corpus: Corpus | None
+    corpus: Corpus = field(init=False)  # set by `measure_zero_shot`
     rejections: Rejections
     scored_tokens: np.ndarray  # int32 [N], equal in all passes of a record
     zero_length: np.ndarray  # int32 [N], positions of the zero-shot pass once it is cut
@@ -64,7 +64,6 @@ class Job:
             template=template,
             max_length=max_length,
             status=pc.index_in(records.status, pa.array(STATUSES)).fill_null(_OK).to_numpy().astype(np.int8),
-            corpus=None,
             rejections=Rejections(records.rejections),
             scored_tokens=np.zeros(n, np.int32),
             zero_length=np.zeros(n, np.int32),
@@ -74,6 +73,11 @@ class Job:
             nll_one=np.full((n, k), np.nan, np.float32),
             neighbors=Neighbors.none(n, k),
         )
+
+    @property
+    def k(self) -> int:
+        """How many demonstrations a record is scored with."""
+        return int(self.parents.shape[1])
 
     def pending(self) -> np.ndarray:
         """bool [N]: the records that nothing speaks against so far."""
@@ -95,7 +99,7 @@ class Job:
 
     def require_known(self, vocab_size: int) -> None:
         """Raises ValueError if there is a token that the model does not know."""
-        highest = int(self._corpus.alone.ids.values.max())
+        highest = int(self.corpus.alone.ids.values.max())
         if highest >= vocab_size:
             raise ValueError(
                 f"the tokenizer gives token {highest}, but the model knows {vocab_size}: do they belong together?"
@@ -118,28 +122,27 @@ class Job:
         Where a one-shot sequence begins, token for token, with the demonstration's own sequence, it can be run behind
         it: up to `shared_length` positions.
         """
-        corpus, k = self._corpus, self.parents.shape[1]
-        left = self.pending()
+        corpus, left = self.corpus, self.pending()
         self._set(left & (self.neighbors.index < 0).all(axis=1), "no_neighbor")
         if not corpus.tails:
             self._tokenize_behind(bars)
         left = self.pending()
         spans, eos = corpus.alone.spans, corpus.end_of_turn is not None
         rooms = []
-        for rank in range(k):
+        for rank in range(self.k):
             room = count_scored(corpus.tail(rank).spans, self._base(rank), self.max_length, eos)
             rooms.append(np.where(left & (self.neighbors.index[:, rank] >= 0), room, 0))
         # A demonstration that leaves no room is left out; the others share what the tightest of them leaves.
         self._set(left & ~np.any(rooms, axis=0), "demonstration_too_long")
         left = self.pending()
         for room in rooms:
-            self.scored_tokens[left & (room > 0)] = np.minimum(self.scored_tokens, room)[left & (room > 0)]
+            np.minimum(self.scored_tokens, room, out=self.scored_tokens, where=room > 0)
         self._set(left & (self.scored_tokens < count_scored(spans, 0, None, eos)), "truncated")
         self.zero_length[left] = cut_lengths(spans, self.scored_tokens, eos)[left]
         for rank, room in enumerate(rooms):
             tail = corpus.tail(rank)
             length = self._base(rank) + cut_lengths(tail.spans, self.scored_tokens, eos)
-            length = np.where(left & (room > 0), length, 0)
+            length = np.where(room > 0, length, 0)
             # The first scored token is predicted behind all of the demonstration.
             first = np.concatenate([tail.spans.values[:, 0], [0]])[tail.spans.offsets[:-1]]
             shared = (length > 0) & tail.behind & (first > 0) & (length <= shared_length)
@@ -148,22 +151,16 @@ class Job:
 
     def _tokenize_behind(self, bars: Progress) -> None:
         """Every record behind each of its demonstrations, where the template looks at both."""
-        k = self.parents.shape[1]
-        with bars.task("plan", k * int(self.pending().sum()), "passes") as advance:
-            for rank in range(k):
+        with bars.task("plan", self.k * int(self.pending().sum()), "passes") as advance:
+            for rank in range(self.k):
                 demonstration = np.where(self.pending(), self.neighbors.index[:, rank], -1)
-                tails = tokenize_behind(self._corpus, self.records, demonstration, self.template, self._reject, advance)
-                self._corpus.tails.append(tails)
+                tails = tokenize_behind(self.corpus, self.records, demonstration, self.template, self._reject, advance)
+                self.corpus.tails.append(tails)
 
     def _base(self, rank: int) -> np.ndarray:
         """Where the tails of this rank begin, int64 [N]."""
-        corpus = self._corpus
-        return np.where(corpus.tail(rank).behind, corpus.alone.ids.lengths[self.neighbors.index[:, rank]], 0)
-
-    @property
-    def _corpus(self) -> Corpus:
-        assert self.corpus is not None, "measure_zero_shot comes first"
-        return self.corpus
+        lengths = self.corpus.alone.ids.lengths
+        return np.where(self.corpus.tail(rank).behind, lengths[self.neighbors.index[:, rank]], 0)
 
     def _set(self, which: np.ndarray, status: str) -> None:
         self.status[which] = STATUSES.index(status)
@@ -189,7 +186,7 @@ class Job:
         zero_length, one_length = np.where(left, self.zero_length, 0), np.where(left[:, None], self.one_length, 0)
         unit_tokens = UNIT_BATCHES * engine.facts.batch_tokens
         sequences = PassSequences(
-            self._corpus, self.neighbors.index, self.scored_tokens, zero_length, one_length, self.parents
+            self.corpus, self.neighbors.index, self.scored_tokens, zero_length, one_length, self.parents
         )
         sequences.share(shared_length, unit_tokens)
         units = plan_units(sequences.passes, cache_tokens=engine.facts.cache_tokens, unit_tokens=unit_tokens)
@@ -231,18 +228,18 @@ class Job:
 
     def table(self) -> pa.Table:
         """A row per input record, as `Scores.table` describes it."""
-        n, k = self.parents.shape
         unscored = ~self.pending()
         no_tokens = unscored & (self.status != STATUSES.index("non_finite"))
         used = self.one_length > 0
         # The nearest that was used; where none was, the nearest there is.
-        nearest = np.arange(n), np.argmax(used, axis=1)
+        rows = np.arange(len(used))
+        nearest = rows, np.argmax(used, axis=1)
         neighbor, similarity = self.neighbors.index[nearest], self.neighbors.similarity[nearest]
         no_neighbor = neighbor < 0
         # Without a pass there is no loss; a mean over nothing is never shown, its record being unscored.
-        nll_one = self.nll_one[:, 0] if k == 1 else _mean(self.nll_one, used)
+        nll_one = self.nll_one[:, 0] if self.k == 1 else _mean(self.nll_one, used)
         columns = {
-            "index": pa.array(np.arange(n)),
+            "index": pa.array(rows),
             "id": self.records.ids(),
             "miwv": pa.array(nll_one - self.nll_zero, mask=unscored),
             "nll_one_shot": pa.array(nll_one, mask=unscored),
@@ -252,13 +249,13 @@ class Job:
             "similarity": pa.array(similarity, mask=no_neighbor),
             "status": pa.array(STATUSES).take(pa.array(self.status)),
         }
-        if k > 1:
+        if self.k > 1:
             deviation = (self.nll_one - nll_one[:, None]) ** 2
             columns["miwv_spread"] = pa.array(np.sqrt(_mean(deviation, used)), mask=unscored)
             there = (self.neighbors.index >= 0) & (used | ~used.any(axis=1, keepdims=True))
             ends = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
             columns["neighbors"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), self.neighbors.index[there])
-        return pa.table(columns, schema=SCHEMA if k == 1 else MULTI_SCHEMA)
+        return pa.table(columns, schema=SCHEMA if self.k == 1 else MULTI_SCHEMA)
 
 
 def _mean(values: np.ndarray, used: np.ndarray) -> np.ndarray:

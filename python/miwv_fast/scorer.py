@@ -234,7 +234,7 @@ def _score(
         _log.warning("%s: %s", rejection.location, rejection.reason)
     if len(job.rejections) > _SHOWN_REJECTIONS:
         _log.warning("... and %d more malformed records", len(job.rejections) - _SHOWN_REJECTIONS)
-    found = run.neighbors(len(job.records), job.parents.shape[1]) if run is not None else None
+    found = run.neighbors(len(job.records), job.k) if run is not None else None
     if found is None:
         scorable = job.pending()
         texts = job.records.embedded_texts(scorable)
@@ -243,7 +243,7 @@ def _score(
         else:
             with finishing() as stopping:
                 embeddings = engine.embed(texts, Kept(embedder, run.read_call, _keeper(run, stopping)), bars)
-        found = engine.nearest(embeddings, scorable, job.parents.shape[1], bars)
+        found = engine.nearest(embeddings, scorable, job.k, bars)
         if run is None:
             kept = embeddings
         else:
