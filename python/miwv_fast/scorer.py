@@ -30,6 +30,7 @@ from miwv_fast.errors import Interrupted
 from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
 from miwv_fast.job import Job
+from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Records, read_records
 from miwv_fast.scores import Scores, read_embeddings
@@ -222,11 +223,10 @@ def _score_on(
 def _score(
     job: Job, source: Source, embedder: Embedder, engine: Engine, share_prefix: bool, bars: Progress, run: Run | None
 ) -> np.ndarray | None:
-    """All stages of a job; with `run`, what is on disk is not done again and what is done goes to disk.
+    """All stages of a job behind its tokens; with `run`, what is on disk is not done again and what is done goes there.
 
     Returns the embeddings float32 [N, D] where they do not lie in the run.
     """
-    kept = None
     if run is not None:
         run.save_source(source)
         run.save_rejections(job.rejections)
@@ -234,23 +234,9 @@ def _score(
         _log.warning("%s: %s", rejection.location, rejection.reason)
     if len(job.rejections) > _SHOWN_REJECTIONS:
         _log.warning("... and %d more malformed records", len(job.rejections) - _SHOWN_REJECTIONS)
-    found = run.neighbors(len(job.records), job.k) if run is not None else None
-    if found is None:
-        scorable = job.pending()
-        texts = job.records.embedded_texts(scorable)
-        if run is None or isinstance(embedder, np.ndarray | torch.Tensor):
-            embeddings = engine.embed(texts, embedder, bars)
-        else:
-            with finishing() as stopping:
-                embeddings = engine.embed(texts, Kept(embedder, run.read_call, _keeper(run, stopping)), bars)
-        found = engine.nearest(embeddings, scorable, job.k, bars)
-        if run is None:
-            kept = embeddings
-        else:
-            run.save_neighbors(embeddings, found)
-    job.neighbors = found
-    if found.recall is not None:
-        job.stats["neighbor_recall"] = found.recall
+    job.neighbors, embeddings = _find_neighbors(job, embedder, engine, bars, run)
+    if job.neighbors.recall is not None:
+        job.stats["neighbor_recall"] = job.neighbors.recall
     shared_length = engine.facts.shared_length if share_prefix else 0
     job.measure_one_shot(bars, shared_length)
     if run is None:
@@ -258,7 +244,27 @@ def _score(
     else:
         with finishing() as stopping:
             job.run(engine, bars, shared_length, run, stopping)
-    return kept
+    return embeddings
+
+
+def _find_neighbors(
+    job: Job, embedder: Embedder, engine: Engine, bars: Progress, run: Run | None
+) -> tuple[Neighbors, np.ndarray | None]:
+    """The neighbours, and the embeddings float32 [N, D] that they were found by where these do not lie in the run."""
+    if run is not None and (kept := run.neighbors(len(job.records), job.k)) is not None:
+        return kept, None
+    scorable = job.pending()
+    texts = job.records.embedded_texts(scorable)
+    if run is None or isinstance(embedder, np.ndarray | torch.Tensor):
+        embeddings = engine.embed(texts, embedder, bars)
+    else:
+        with finishing() as stopping:
+            embeddings = engine.embed(texts, Kept(embedder, run.read_call, _keeper(run, stopping)), bars)
+    found = engine.nearest(embeddings, scorable, job.k, bars)
+    if run is None:
+        return found, embeddings
+    run.save_neighbors(embeddings, found)
+    return found, None
 
 
 def _keeper(run: Run, stopping: Callable[[], bool]) -> Callable[[int, np.ndarray], None]:
