@@ -190,6 +190,17 @@ def _find_on_hub(name: str) -> Path | Exception:
     return reason
 
 
+def describe_embedder(embedder: Embedder) -> str:
+    """An embedder in words, for a manifest: its name or path, an array's shape and SHA-256, or what it is in Python."""
+    if isinstance(embedder, str | Path):
+        return str(embedder)
+    if isinstance(embedder, np.ndarray):
+        array = np.ascontiguousarray(embedder)
+        return f"array {list(array.shape)} sha256 {hashlib.sha256(array.data).hexdigest()}"
+    name = getattr(embedder, "__qualname__", type(embedder).__name__)
+    return f"callable {getattr(embedder, '__module__', '')}.{name}"
+
+
 def identify_embedder(embedder: Embedder) -> str | None:
     """What an embedder given by name is: the SHA-256 of a folder's files, or a hub's revision; None if absent."""
     if not isinstance(embedder, str | Path):

@@ -65,8 +65,8 @@ def explain(
 
     scored, demonstration = parse_record(record), parse_record(neighbor)
     lm = model if isinstance(model, CausalLM) else load_model(model, tokenizer, device, dtype)
-    layout = load_template(template, lm.tokenizer, include_eos) if isinstance(template, str | Path) else template
-    passes = layout.one_shot(demonstration, scored), layout.zero_shot(scored)
+    loaded = load_template(template, lm.tokenizer, include_eos) if isinstance(template, str | Path) else template
+    passes = loaded.one_shot(demonstration, scored), loaded.zero_shot(scored)
     if max_length is not None and not 2 <= max_length <= (lm.max_length or sys.maxsize):
         raise ValueError(f"max_length should be 2 to {lm.max_length or 'any number'}, it is {max_length}")
     limit = lm.max_length if max_length is None else max_length
@@ -77,7 +77,7 @@ def explain(
         longest = max(len(sequence.ids) for sequence in passes)
         raise ValueError(f"no response token stands within {limit} positions: the sequences have up to {longest}")
     one_shot, zero_shot = (lm.token_nll(sequence.cut(room)).cpu().numpy() for sequence in passes)
-    return Explanation(_texts(passes[1].cut(room), layout.encoder.decode), one_shot, zero_shot, one_shot - zero_shot)
+    return Explanation(_texts(passes[1].cut(room), loaded.encoder.decode), one_shot, zero_shot, one_shot - zero_shot)
 
 
 def _texts(sequence: TokenSequence, decode: Callable[[Sequence[int]], str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import operator
@@ -22,6 +21,7 @@ from miwv_fast.embedding import (
     Kept,
     check_embedder,
     check_embeddings,
+    describe_embedder,
     identify_embedder,
     open_embedder,
 )
@@ -144,7 +144,11 @@ def score(
         from miwv_fast.ray_engine import RayEngine
 
         opened = RayEngine(
-            *(model, tokenizer, device, dtype, budget),
+            model,
+            tokenizer,
+            device,
+            dtype,
+            budget,
             address=ray_address,
             workers=workers,
             gpus_per_worker=gpus_per_worker,
@@ -182,17 +186,17 @@ def _score_on(
     bars: Progress,
 ) -> Scores:
     facts = engine.facts
-    layout = load_template(template, engine.tokenizer, include_eos)
+    loaded = load_template(template, engine.tokenizer, include_eos)
     limit = _choose_limit(max_length, facts)
     manifest = {
         "data": source.describe(),
         "records": len(records),
         "texts": records.texts,
         "model": {"name": facts.name, "sha256": None if output is None else engine.fingerprint()},
-        "tokenizer": layout.encoder.fingerprint(),
-        "embedder": _describe_embedder(embedder),
+        "tokenizer": loaded.encoder.fingerprint(),
+        "embedder": describe_embedder(embedder),
         "embedder_content": None if output is None else identify_embedder(embedder),
-        "template": {"name": layout.name, "source": layout.source, "chat_date": CHAT_DATE.date().isoformat()},
+        "template": {"name": loaded.name, "source": loaded.source, "chat_date": CHAT_DATE.date().isoformat()},
         "neighbors": neighbors,
         "include_eos": include_eos,
         "max_length": limit,
@@ -204,7 +208,7 @@ def _score_on(
         "versions": facts.versions,
         "kernels": facts.kernels,
     }
-    job = Job.start(records, layout, limit, neighbors)
+    job = Job.start(records, loaded, limit, neighbors)
     # Nothing is written for data that cannot be scored.
     job.measure_zero_shot(bars)
     job.require_two(source)
@@ -276,17 +280,6 @@ def _keeper(run: Run, stopping: Callable[[], bool]) -> Callable[[int, np.ndarray
             raise Interrupted("stopped while embedding; what was embedded is kept")
 
     return keep
-
-
-def _describe_embedder(embedder: Embedder) -> str:
-    if isinstance(embedder, str | Path):
-        return str(embedder)
-    if isinstance(embedder, np.ndarray):
-        array = np.ascontiguousarray(embedder)
-        return f"array {list(array.shape)} sha256 {hashlib.sha256(array.data).hexdigest()}"
-    return (
-        f"callable {getattr(embedder, '__module__', '')}.{getattr(embedder, '__qualname__', type(embedder).__name__)}"
-    )
 
 
 def _whole(name: str, value: SupportsIndex, least: int) -> int:
