@@ -38,16 +38,10 @@ class Kept:
     read: Callable[[int], np.ndarray | None]
     keep: Callable[[int, np.ndarray], None]
 
-    def __call__(self, texts: list[str]) -> Any:
-        """What the embedder gives, where that is a callable; a named one is loaded by `embed`."""
-        if not callable(self.embedder):
-            raise TypeError("a named embedder is loaded before it is called")
-        return self.embedder(texts)
-
 
 def embed(
     texts: pa.Array | pa.ChunkedArray,
-    embedder: Embedder,
+    embedder: Embedder | Kept,
     device: str,
     progress: Progress,
     elsewhere: Chunks | None = None,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from miwv_fast import ops
-from miwv_fast.embedding import Embedder, embed
+from miwv_fast.embedding import Embedder, Kept, embed
 from miwv_fast.forest import Unit
 from miwv_fast.info import package_versions
 from miwv_fast.model import load_model
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """SHA-256 of the model's configuration and weights, hexadecimal."""
         ...
 
-    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder | Kept, bars: Progress) -> np.ndarray:
         """Embeddings float32 [N, D] of `texts`, large_string [N]; rows of null texts are 0."""
         ...
 
@@ -120,7 +120,7 @@ class LocalEngine:
         """SHA-256 of the configuration and of every weight as it is in memory, hexadecimal."""
         return self._runner.lm.fingerprint()
 
-    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder | Kept, bars: Progress) -> np.ndarray:
         """Embeddings float32 [N, D], by an embedder on the model's device."""
         return embed(texts, embedder, self.facts.device, bars)
 

@@ -62,7 +62,7 @@ class RayEngine:
         """Leaves the Ray session, unless it was the caller's."""
         self._cluster.close()
 
-    def embed(self, texts: pa.ChunkedArray, embedder: Embedder, bars: Progress) -> np.ndarray:
+    def embed(self, texts: pa.ChunkedArray, embedder: Embedder | Kept, bars: Progress) -> np.ndarray:
         """Embeddings float32 [N, D] of `texts`: by the workers where the embedder is named, a callable runs here."""
         name = str(embedder.embedder if isinstance(embedder, Kept) else embedder)
         return embed(texts, embedder, "cpu", bars, lambda chunks, count: self._embed(name, chunks, count))
