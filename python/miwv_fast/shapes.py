@@ -94,9 +94,7 @@ class Pair:
 
     def is_conversation(self, value: Mapping[str, Any]) -> bool:
         """Whether a record of this shape has messages in place of texts, as TRL's conversational form has."""
-        said = value.get("prompt")
-        messages = isinstance(said, Iterable) and not isinstance(said, str | bytes | Mapping)
-        return self.instruction == "prompt" and messages
+        return self.instruction == "prompt" and _is_list(value.get("prompt"))
 
 
 # The first of which a record has instruction and response counts.
@@ -187,14 +185,17 @@ def _read_history(history: object) -> Iterator[Turn]:
         said = _as_list(pair, where, "an instruction and a response")
         if len(said) != 2:
             raise MalformedRecord(f"{where} should be an instruction and a response, it has {len(said)} items")
-        yield Turn(
-            _text({"instruction": said[0]}, "instruction", where), "", _text({"response": said[1]}, "response", where)
-        )
+        named = {"instruction": said[0], "response": said[1]}
+        yield Turn(_text(named, "instruction", where), "", _text(named, "response", where))
 
 
-def _as_list(value: object, name: str, what: str) -> list[Any]:
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _as_list(value: Any, name: str, what: str) -> list[Any]:
     try:
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        if _is_list(value):
             return list(value)
     except TypeError:  # an array without dimensions
         pass
