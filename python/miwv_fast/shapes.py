@@ -51,6 +51,14 @@ class Record:
         """What the neighbour search compares: instruction and input, or all user turns, joined by newlines."""
         return "\n".join(turn.prompt for turn in self.turns)
 
+    @property
+    def turns_with_system(self) -> tuple[Turn, ...]:
+        """The turns, with the system text in front of the first instruction where there is one."""
+        if not self.system:
+            return self.turns
+        first = self.turns[0]
+        return (Turn(f"{self.system}\n\n{first.instruction}", first.input, first.response), *self.turns[1:])
+
 
 def parse_record(value: object, index: int = 0) -> Record:
     """Reads one record of any of the four shapes, recognised by its keys.

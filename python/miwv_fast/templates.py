@@ -14,7 +14,7 @@ import jinja2.sandbox
 
 from miwv_fast.assembly import Layout, Prompt, Response, Slot, TokenSequence, assemble, lay_out
 from miwv_fast.sandbox import check_length, check_source, limits
-from miwv_fast.shapes import Record, Turn
+from miwv_fast.shapes import Record
 from miwv_fast.tokens import SegmentEncoder
 
 # What `strftime_now` gives to chat templates that read the clock, so that a score does not depend on the day.
@@ -165,14 +165,6 @@ def _split_slots(text: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts) if place % 2 or part]
 
 
-def with_system(record: Record, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns with the record's system text in front of the first instruction, where it has one."""
-    if not record.system:
-        return turns
-    first = turns[0]
-    return (Turn(f"{record.system}\n\n{first.instruction}", first.input, first.response), *turns[1:])
-
-
 def compile_pair(name: str, source: str) -> tuple[Callable[[str, str], str], str]:
     """`prompt(instruction, input)` and the separator of a Jinja source; ValueError where it doesn't define them."""
     # Unlike chat templates, whose whitespace their authors tuned under trim_blocks, these keep Jinja's defaults
@@ -259,7 +251,7 @@ class PairTemplate:
 
     def _segments(self, record: Record, scored: bool) -> list[Prompt | Response]:
         segments: list[Prompt | Response] = []
-        for turn in with_system(record, record.turns):
+        for turn in record.turns_with_system:
             if segments:
                 segments.append(self._between)
             rendered = self._render(bool(turn.instruction), bool(turn.input))
@@ -323,7 +315,7 @@ class ChatTemplate:
             if self._system_later if later else self._system_first:
                 messages.append(("system", record.system))
             else:
-                turns = with_system(record, turns)
+                turns = record.turns_with_system
         for turn in turns:
             messages += [("user", turn.prompt), ("assistant", turn.response)]
         return messages

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
 from miwv_fast.shapes import Pair, Record, parse_record, recognize
-from miwv_fast.templates import compile_pair, with_system
+from miwv_fast.templates import compile_pair
 
 _T = TypeVar("_T")
 
@@ -157,7 +157,7 @@ def trl_records(rows: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) 
         messages = [_messages(record) for record in records]
         return [{"prompt": each[:-1], "completion": each[-1:]} for each in messages]
     prompt, _ = compile_pair(template["name"], template["source"])
-    turns = [with_system(record, record.turns)[0] for record in records]
+    turns = [record.turns_with_system[0] for record in records]
     return [{"prompt": prompt(t.instruction, t.input), "completion": t.response} for t in turns]
 
 
