@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from miwv_fast.chat import CHAT_DATE
 from miwv_fast.shapes import Record, parse_record
-from miwv_fast.templates import CHAT_DATE, load_template
+from miwv_fast.templates import load_template
 from miwv_fast.tokens import SegmentEncoder
 from support import byte_level, metaspace
 

@@ -1,7 +1,8 @@
-"""Templates of strangers: Jinja's sandbox keeps them from files and code, and this keeps them small and short."""
+"""Templates of strangers: kept from files and code by Jinja's sandbox, from data by slots, and small by limits."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -14,12 +15,20 @@ import jinja2
 import jinja2.nodes
 import jinja2.sandbox
 
+# Between noncharacters, which no text holds: a template is rendered around numbered slots, never around data.
+SLOT = re.compile("\ufdd0([0-9]+)\ufdd1")
+
 MAX_SOURCE_CHARACTERS = 1 << 20
 MAX_RENDERED_CHARACTERS = 1 << 20
 _MAX_BYTES = 512 << 20
 _MAX_STEPS = 1_000_000
 _MAX_SECONDS = 20.0
 _FILE = "<template>"  # what Jinja calls the code of a template that came from no file
+
+
+def slot(number: int) -> str:
+    """What stands in a rendered template where a text from data will stand."""
+    return f"\ufdd0{number}\ufdd1"
 
 
 class _TooMuch(Exception):

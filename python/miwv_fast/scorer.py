@@ -14,6 +14,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 import torch
 
+from miwv_fast.chat import CHAT_DATE
 from miwv_fast.devices import choose_device, choose_dtype
 from miwv_fast.embedding import (
     DEFAULT_EMBEDDER,
@@ -37,7 +38,7 @@ from miwv_fast.scores import Scores, read_embeddings
 from miwv_fast.sources import Source, open_source
 from miwv_fast.stopping import finishing, stoppable
 from miwv_fast.store import Run, check_output
-from miwv_fast.templates import CHAT_DATE, check_template, load_template
+from miwv_fast.templates import check_template, load_template
 
 _SHOWN_REJECTIONS = 5
 
