@@ -41,12 +41,16 @@ def test_docstring_examples(name):
     assert not result.failed
 
 
-def test_every_module_has_its_place():
-    """CONTRIBUTING's table names all modules, so that whoever looks for something finds it."""
+def test_every_module_has_its_place_and_imports_point_down():
+    """CONTRIBUTING's table names all modules, so that whoever looks for something finds it, those they need below."""
     root = Path(__file__).parents[1]
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(
-        re.findall(r"`(\w+)`", text[text.index("## Where things are") : text.index("## Add an instruction set")])
-    )
-    modules = {path.stem for path in (root / "python" / "miwv_fast").glob("*.py")} - {"__init__"}
-    assert modules <= named
+    table = text[text.index("| `python/miwv_fast/`") : text.index("## Add an instruction set")]
+    row = {name: number for number, line in enumerate(table.splitlines()) for name in re.findall(r"`(\w+)/?`", line)}
+    for path in (root / "python" / "miwv_fast").glob("[!_]*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("miwv_fast"):
+                _, _, module = node.module.partition(".")
+                for name in [module.partition(".")[0]] if module else [each.name for each in node.names]:
+                    assert row[path.stem] <= row[name], f"{path.stem} imports {name}"
+        assert path.stem in row
