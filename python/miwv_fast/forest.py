@@ -49,6 +49,10 @@ class Unit:
         """All sequences, in the order in which they are handed on."""
         return self.preambles, self.roots, self.children, self.zero_shot, self.one_shot
 
+    def scored_passes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The records and the one-shot passes whose losses the unit gives, in their order."""
+        return np.concatenate([self.roots[self.scored], self.zero_shot]), np.concatenate([self.children, self.one_shot])
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -136,7 +140,8 @@ def _plan_trees(passes: Passes, cache_tokens: int, unit_tokens: int) -> Iterator
 def _by_preambles(heads: np.ndarray, own: np.ndarray, single: np.ndarray, preamble: np.ndarray) -> np.ndarray:
     """The order in which those with one preamble stand together, roots before single records, the longest first."""
     group = preamble.copy()
-    group[preamble[preamble >= 0]] = preamble[preamble >= 0]  # with what continues nothing but the preamble
+    used = preamble[preamble >= 0]
+    group[used] = used  # a preamble with passes of its own stands with those that begin with it
     group = group[heads]
     longest = np.zeros(len(preamble) + 1, np.int64)  # the last of those without a preamble
     np.maximum.at(longest, group, own)

@@ -66,9 +66,10 @@ class Runner:
         self._forwarded = self._padded = 0
         nll = self._run_trees(sequences.trees(unit), advance)
         _, roots, children, zero, one = np.split(nll, np.cumsum([len(part) for part in unit.parts()])[:-1])
+        records, passes = unit.scored_passes()
         return UnitResult(
-            (np.concatenate([unit.roots[unit.scored], unit.zero_shot]), np.concatenate([roots[unit.scored], zero])),
-            (np.concatenate([unit.children, unit.one_shot]), np.concatenate([children, one])),
+            (records, np.concatenate([roots[unit.scored], zero])),
+            (passes, np.concatenate([children, one])),
             self._forwarded,
             self._padded,
         )
@@ -157,6 +158,6 @@ class Runner:
             raise MemoryError(
                 "one sequence alone does not fit into memory; use a smaller model or max_length"
             ) from error
-        torch.cuda.empty_cache() if torch.cuda.is_available() else None
+        torch.cuda.empty_cache()
         self.batch_tokens = max(1, self.batch_tokens // 2)
         _log.warning("out of memory: going on with batches of %d tokens", self.batch_tokens)

@@ -285,8 +285,7 @@ def _count_reasons(path: Location) -> dict[str, int]:
 
 
 def _is_of(result: UnitResult, unit: Unit) -> bool:
-    zero = np.concatenate([unit.roots[unit.scored], unit.zero_shot])
-    one = np.concatenate([unit.children, unit.one_shot])
+    zero, one = unit.scored_passes()
     return np.array_equal(result.zero_shot[0], zero) and np.array_equal(result.one_shot[0], one)
 
 
