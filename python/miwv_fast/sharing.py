@@ -93,12 +93,14 @@ class PassSequences:
         lengths = np.append(known.root, np.array([len(front) for front in self._extra], np.int64))
         continues = (known.one > 0) & (known.parent >= 0)
         parents = known.parent[continues]
+        # Records that are run, alone or for others to continue, share what stands before the first row that is read.
         runs = (known.zero > 0) & (known.zero <= shared_length)
         runs[parents[parents < records]] = True
         first = np.append(alone.spans.values[:, 0], 1)[alone.spans.offsets[:-1]]
         whole = (sequence.ids[: sequence.rows[0]] for sequence in map(self._one_shot, singles.tolist()))
         beginnings = alone.ids.followed_by(chain((front[:-1] for front in self._extra), whole))
         reach = np.concatenate([np.where(runs, first - 1, 0), beginnings.lengths[records:]])
+        # What each brings into a unit: its own tokens, and those of the passes that continue it.
         behind = np.bincount(parents, known.one[continues] - lengths[parents], minlength=roots).astype(np.int64)
         tokens = np.append(np.append(known.zero, lengths[records:]) + behind, known.one[singles])
         found = find_preambles(beginnings, reach, tokens, unit_tokens)
@@ -108,7 +110,7 @@ class PassSequences:
         self.passes = Passes(
             zero=np.append(known.zero, np.zeros(len(self._extra), known.zero.dtype)),
             one=known.one,
-            root=np.append(lengths, np.array([len(tokens) for tokens in found.tokens], np.int64)),
+            root=np.append(lengths, np.array([len(preamble) for preamble in found.tokens], np.int64)),
             preamble=np.append(of[:roots], np.full(len(found.tokens), -1)),
             parent=known.parent,
         )
