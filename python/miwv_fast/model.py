@@ -279,11 +279,10 @@ def load_model(
     tokenizer = load_tokenizer(model, tokenizer)
     # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
     safe = extra or {"use_safetensors": True}
-    if device_map is not None:
-        loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen, "device_map": device_map})
-        return CausalLM(loaded, tokenizer, str(model))
-    loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen})
-    return CausalLM(loaded.to(target), tokenizer, str(model))
+    loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen, "device_map": device_map})
+    if device_map is None:
+        loaded = loaded.to(target)
+    return CausalLM(loaded, tokenizer, str(model))
 
 
 def load_tokenizer(own: Any, tokenizer: Any = None) -> Any:
