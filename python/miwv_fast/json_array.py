@@ -12,21 +12,21 @@ from typing import Any, BinaryIO
 from miwv_fast.unpack import BLOCK_BYTES, MAX_RECORD_BYTES
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_JSON = json.JSONDecoder()
 
 
 def read_json_array(path: Path, stream: BinaryIO) -> Iterator[Any]:
     """The elements, in order. Raises ValueError, naming file and element, where it is no array of JSON values."""
     text = _Text(path, stream)
-    decoder = json.JSONDecoder()
     if not text.next_is("["):
         raise text.error("expecting '['")
     if not text.next_is("]"):
-        yield text.value(decoder)
+        yield text.value()
         while not text.next_is("]"):
             if not text.next_is(","):
                 raise text.error("expecting ',' or ']'")
             text.element += 1
-            yield text.value(decoder)
+            yield text.value()
     if not text.is_over():
         raise text.error("text behind its end")
 
@@ -38,7 +38,7 @@ class _Text:
         self.element = 0
         self._path = path
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._held, self._at, self._ended = "", 0, False
 
     def error(self, reason: str) -> ValueError:
@@ -56,13 +56,13 @@ class _Text:
         self._skip_blanks()
         return self._at == len(self._held)
 
-    def value(self, decoder: json.JSONDecoder) -> Any:
+    def value(self) -> Any:
         """The value that stands here; more is read until it is whole."""
         self._skip_blanks()
         while True:
             reason = f"an element has more than {MAX_RECORD_BYTES} characters"
             try:
-                value, end = decoder.raw_decode(self._held, self._at)
+                value, end = _JSON.raw_decode(self._held, self._at)
                 # A number may go on in the next block.
                 if end - self._at <= MAX_RECORD_BYTES and (end < len(self._held) or self._ended):
                     self._at = end
@@ -91,7 +91,7 @@ class _Text:
         block = self._stream.read(max(BLOCK_BYTES, len(self._held) - self._at))
         self._ended = not block
         try:
-            self._held = self._held[self._at :] + self._decoder.decode(block, self._ended)
+            self._held = self._held[self._at :] + self._utf8.decode(block, self._ended)
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8: {error.reason}") from error
         self._at = 0
