@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miwv_fast.shapes import shorten
+
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Each field by which two manifests are different runs, with the old and the new value."""
     before, now = _identity(old), _identity(new)
-    # An embedder that is not at hand now is not needed either, where the neighbours are found.
-    if None in (before.get("embedder_content"), now.get("embedder_content")):
-        before.pop("embedder_content", None), now.pop("embedder_content", None)
-    elif before.get("embedder_content") == now.get("embedder_content"):
-        before.pop("embedder", None), now.pop("embedder", None)
+    contents = before.get("embedder_content"), now.get("embedder_content")
+    for each in (before, now):
+        # An embedder that is not at hand now is not needed either, where the neighbours are found.
+        if None in contents:
+            each.pop("embedder_content", None)
+        elif contents[0] == contents[1]:
+            each.pop("embedder", None)
     old_template, new_template = before.get("template"), now.get("template")
     if (
         isinstance(old_template, dict)
@@ -42,9 +46,4 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
         if isinstance(before, dict) and isinstance(now, dict):
             yield from _differing(before, now, f"{prefix}{name}.")
         elif before != now:
-            yield f"{prefix}{name}", _short(before), _short(now)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+            yield f"{prefix}{name}", shorten(json.dumps(before), 100), shorten(json.dumps(now), 100)
