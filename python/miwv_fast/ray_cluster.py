@@ -150,14 +150,17 @@ def share(
     """What each worker gets of machines with these resources. Raises ValueError if there are not enough of them."""
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
-    share = (1.0 if sum(gpus) else 0.0) if gpus_per_worker is None else float(gpus_per_worker)
-    if share:
-        fit = sum(int(count / share) for count in gpus)
+    if gpus_per_worker is None:
+        gpus_per_worker = 1.0 if sum(gpus) else 0.0
+    if gpus_per_worker:
+        fit = sum(int(count / gpus_per_worker) for count in gpus)
         if not fit:
-            raise ValueError(f"no machine of the Ray cluster has {share:g} GPUs; they have {_counts(gpus)}")
+            raise ValueError(f"no machine of the Ray cluster has {gpus_per_worker:g} GPUs; they have {_counts(gpus)}")
         if workers is not None and workers > fit:
-            raise ValueError(f"{workers} workers with {share:g} GPUs each: the Ray cluster has room for {fit}")
-        return Cluster(workers or fit, 0.0, share, own, verbose)
+            raise ValueError(
+                f"{workers} workers with {gpus_per_worker:g} GPUs each: the Ray cluster has room for {fit}"
+            )
+        return Cluster(workers or fit, 0.0, float(gpus_per_worker), own, verbose)
     if not sum(cpus):
         raise ValueError("the Ray cluster has neither GPUs nor processors")
     count = workers or sum(1 for each in cpus if each >= 1)
