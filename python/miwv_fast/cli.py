@@ -247,13 +247,12 @@ def status(run: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
 
     told = run_status(run)
     of_units = "" if told["units"] is None else f" of {told['units']}"
-    state = (
-        "finished"
-        if told["finished"]
-        else f"being written by {told['written_by']}"
-        if told["written_by"]
-        else "stopped"
-    )
+    if told["finished"]:
+        state = "finished"
+    elif told["written_by"]:
+        state = f"being written by {told['written_by']}"
+    else:
+        state = "stopped"
     typer.echo(f"{state}: {told['units_done']}{of_units} units, {told['tokens_done']} tokens")
     if told["tokens_per_second"]:
         left = "" if told["finished"] or told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"

@@ -101,16 +101,18 @@ class LocalEngine:
         self._runner = Runner(lm, lm.default_batch_tokens() if batch_tokens is None else batch_tokens)
         self.tokenizer = lm.tokenizer
         self.facts = ModelFacts(
-            lm.name,
-            str(lm.device),
-            str(lm.model.dtype).removeprefix("torch."),
-            lm.vocab_size,
-            lm.max_length,
-            lm.shared_length,
-            self._runner.batch_tokens,
-            self._runner.cache_tokens(),
-            str(ops.build_info()["isa"]),
-            package_versions(("miwv-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")),
+            name=lm.name,
+            device=str(lm.device),
+            dtype=str(lm.model.dtype).removeprefix("torch."),
+            vocab_size=lm.vocab_size,
+            max_length=lm.max_length,
+            shared_length=lm.shared_length,
+            batch_tokens=self._runner.batch_tokens,
+            cache_tokens=self._runner.cache_tokens(),
+            kernels=str(ops.build_info()["isa"]),
+            versions=package_versions(
+                ("miwv-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+            ),
         )
 
     def close(self) -> None:
