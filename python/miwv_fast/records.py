@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -43,8 +44,7 @@ class Records:
 
     def take(self, numbers: np.ndarray) -> list[Record]:
         """The records of these numbers, int64 [M], in this order: `records[i]` of each, in a fraction of the time."""
-        batches = self._batches
-        starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        batches, starts = self._batches, self._starts
         place = np.searchsorted(starts, numbers, side="right") - 1
         taken: list[Record] = [_NOTHING] * len(numbers)
         for which in np.unique(place):
@@ -58,6 +58,11 @@ class Records:
     def _batches(self) -> list[pa.RecordBatch]:
         return list(self.table.to_batches())
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The number of each batch's first record, and that of all, int64."""
+        return np.cumsum([0, *(len(batch) for batch in self._batches)])
+
     @property
     def status(self) -> pa.ChunkedArray:
         """For each record null if it can be scored, otherwise `malformed`, `empty_instruction` or `empty_response`."""
@@ -69,12 +74,10 @@ class Records:
 
     def embedded_texts(self, wanted: np.ndarray) -> pa.ChunkedArray:
         """`Record.embedded_text` of each record as large_string [N], null where `wanted`, bool [N], is not set."""
-        begins = np.cumsum([0, *(len(batch) for batch in self._batches)])
+        nothing = pa.scalar(None, pa.string())
         arrays = [
-            pc.if_else(
-                pa.array(wanted[begin : begin + len(batch)]), _embedded_texts(batch), pa.scalar(None, pa.string())
-            )
-            for begin, batch in zip(begins.tolist(), self._batches, strict=False)
+            pc.if_else(pa.array(wanted[begin:end]), _embedded_texts(batch), nothing)
+            for (begin, end), batch in zip(pairwise(self._starts.tolist()), self._batches, strict=True)
         ]
         return pa.chunked_array(arrays, pa.string()).cast(pa.large_string())
 
