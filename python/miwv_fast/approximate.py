@@ -64,7 +64,10 @@ def find_near(groups: Groups, k: int, progress: Progress) -> tuple[Iterator[Near
     log = _log.info if recall >= RECALL else _log.warning
     log(
         "approximate neighbours: %d of %d cells visited, recall@1 %.3f in a sample of %d",
-        *(probes, len(cells), recall, len(sample)),
+        probes,
+        len(cells),
+        recall,
+        len(sample),
     )
     return _search(cells, groups, np.arange(len(groups)), k, probes, progress), recall
 

@@ -105,7 +105,7 @@ def nearest(
         near, recall = find_near(groups, k, progress)
         result = replace(result, recall=recall)
     elif elsewhere is not None:
-        near = _show(elsewhere(groups, k), len(groups), progress)
+        near = _with_progress(elsewhere(groups, k), len(groups), progress)
     else:
         near = exact_near(groups, np.arange(len(groups)), k, device, progress)
     for part in near:
@@ -147,7 +147,7 @@ def search_rows(unit: torch.Tensor, wanted: np.ndarray, k: int) -> Near:
     return Near(wanted, ends, other.cpu().numpy(), near)
 
 
-def _show(parts: Generator[Near], total: int, progress: Progress) -> Iterator[Near]:
+def _with_progress(parts: Generator[Near], total: int, progress: Progress) -> Iterator[Near]:
     with progress.task("neighbours", total, "records") as advance, closing(parts):
         for part in parts:
             yield part
@@ -179,7 +179,8 @@ def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
     if len(without):
         _log.warning(
             "%d embeddings are zero or not finite: these records have no neighbour, the first is record %d",
-            *(len(without), without[0]),
+            len(without),
+            without[0],
         )
     members = np.flatnonzero(candidates & directed)
     digests = np.empty((len(members), 16), np.uint8)

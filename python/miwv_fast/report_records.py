@@ -19,9 +19,9 @@ MAX_GROUPS = 30
 _TEXT_CHARACTERS = 2000
 _RECORD_CHARACTERS = 6000
 _VALUE_CHARACTERS = 60
-_TEXT_FIELDS = {
-    *("id", "instruction", "input", "context", "output", "prompt", "completion", "response", "system", "text"),
-}
+_TEXT_FIELDS = frozenset(
+    ("id", "instruction", "input", "context", "output", "prompt", "completion", "response", "system", "text")
+)
 _UNSAFE = re.compile("[<>&\u2028\u2029]")
 _LIKELY_FIELDS = ("source", "category", "dataset", "task", "type", "topic", "domain", "language")
 
