@@ -10,6 +10,8 @@ import numpy as np
 from miwv_fast.ragged import Ragged
 from miwv_fast.tokens import SegmentEncoder
 
+_NO_PROMPT = "the template writes nothing before the response, so its first token has no prediction"
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -137,9 +139,6 @@ def lay_out(segments: Iterable[Prompt | Response], encoder: SegmentEncoder, *, b
             first = text is not None and tuple(own[:text]) == bos
         pieces += own
     return Layout(pieces, begins, first, scored)
-
-
-_NO_PROMPT = "the template writes nothing before the response, so its first token has no prediction"
 
 
 def _split_controls(prompt: Prompt, encoder: SegmentEncoder) -> list[int | str]:

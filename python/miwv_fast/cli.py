@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
 import shlex
@@ -293,8 +294,6 @@ def info(
     model: Annotated[str | None, typer.Option(help="A model to load, to show how it would be scored.")] = None,
 ) -> None:
     """Prints what a bug report needs: versions, how the kernels were built, and what this machine offers."""
-    import json
-
     import miwv_fast
 
     found = miwv_fast.info()

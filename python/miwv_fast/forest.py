@@ -181,8 +181,9 @@ def plan_batches(
 
     A batch costs its padded size, its longest sequence times its sequences, and `overhead` tokens for being a batch;
     the cuts that cost least in all are found by dynamic programming. The padded size is at most `batch_tokens`; a
-    sequence longer than that is a batch by itself. `before` are the lengths of the prefixes that they continue: those
-    of a batch are padded, too, and take a little of the time and at most `PREFIXES` times as many tokens.
+    sequence longer than that is a batch by itself. `before` are the lengths of the prefixes that they continue, which
+    are padded to the longest in a batch as well: `PREFIX_TOKENS` tokens of them cost as much as one that is forwarded,
+    and a batch has at most `PREFIXES` times `batch_tokens` of them.
     """
     before = np.zeros_like(lengths) if before is None else before
     order = np.lexsort((-before, -lengths))

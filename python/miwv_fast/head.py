@@ -1,4 +1,4 @@
-"""How the losses of scored tokens are had from a model: three ways, the first of which that is exact for it.
+"""Three ways from a model to the losses of scored tokens; the first that is exact for the model is taken.
 
 `direct`: hidden states at scored positions and the weight of the output head; the logits are never held. `rows`: the
 model's own logits at scored positions, as many at a time as a workspace holds. `all`: all of its logits.

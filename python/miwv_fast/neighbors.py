@@ -91,7 +91,8 @@ def nearest(
     Exact, with N² D multiplications and additions, up to 200,000 groups (4 million on a GPU): memory beside the
     embeddings is a copy of them and 256 MiB. Above, where FAISS is installed, its k-means divides them into cells,
     those of the nearest cells are compared, and `recall` says how many of the nearest were found. The exact search runs
-    `elsewhere` where that is given; `workers` share it, and as many groups are searched exactly as take them no longer.
+    `elsewhere` where that is given, shared by `workers`; the limit then grows with the square root of their number, so
+    that it takes no longer.
     """
     n = len(embeddings)
     result = Neighbors.none(n, k)

@@ -48,7 +48,7 @@ NEAR_SCHEMA = pa.schema([("groups", _NUMBERS), ("ends", _NUMBERS), ("other", _NU
 
 
 def pack(number: int, unit: Unit, sequences: Sequences) -> pa.Table:
-    """A unit as one row of `UNIT_SCHEMA`; of what continues another sequence only that is in it which follows."""
+    """A unit as one row of `UNIT_SCHEMA`; a sequence that continues another is there without that one's tokens."""
     trees = sequences.trees(unit)
     return _row(
         UNIT_SCHEMA,

@@ -68,9 +68,10 @@ class RayEngine:
         return embed(texts, embedder, "cpu", bars, lambda chunks, count: self._embed(name, chunks, count))
 
     def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
-        """The k nearest scorable records of each: searched exactly by the workers. An index of FAISS is one of this
-        process, above 200,000 distinct records (4 million where the workers have GPUs), times the square root of how
-        many workers there are.
+        """The k nearest scorable records of each, searched exactly by the workers.
+
+        Above 200,000 distinct records (4 million where the workers have GPUs), times the square root of the number of
+        workers, this process searches in cells instead, where FAISS is installed.
         """
         return nearest(embeddings, scorable, k, self.facts.device, bars, self._search, self._cluster.workers)
 

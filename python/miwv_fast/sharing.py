@@ -19,6 +19,8 @@ LEAST_SHARED = 16
 # Sequences that stand together begin in one unit and may end in the next, however few they are.
 LEAST_UNITS = 2
 
+_NOTHING = np.empty(0, np.int32)
+
 
 class PassSequences:
     """The sequences of N records' passes, each cut to what is scored, with k demonstrations for each record.
@@ -156,9 +158,6 @@ class PassSequences:
         return TokenSequence(self._one_shot(longer).ids[: self.passes.root[root]], own.rows, own.targets)
 
 
-_NOTHING = np.empty(0, np.int32)
-
-
 @dataclass(frozen=True)
 class Preambles:
     """What many of N sequences begin with: the words of a template, a system text.
@@ -172,7 +171,10 @@ class Preambles:
 
 @dataclass
 class _Node:
-    """Sequences `begin` to `end` of an order, whose first `depth` tokens are the same; `parent`: those among which."""
+    """Sequences `begin` to `end` of an order, whose first `depth` tokens are the same: some of those of node `parent`.
+
+    `price` is how many units run these tokens for them, `saved_below` how many tokens nodes further down save.
+    """
 
     begin: int
     end: int
