@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from miwv_fast import ops
+from miwv_fast.devices import choose_device
 from miwv_fast.embedding import embed
 from miwv_fast.model import load_model
 from miwv_fast.progress import Progress
@@ -77,6 +79,19 @@ def test_unusable_models(tmp_path):
         load_model((1, 2, 3))
     with pytest.raises(ValueError, match="no CUDA device" if not torch.cuda.is_available() else "unknown device"):
         load_model(tmp_path, device="cuda" if not torch.cuda.is_available() else "gpu")
+
+
+def test_devices_that_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ops, "build_info", lambda: {"cuda": True})
+    assert [choose_device(device) for device in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="'cuda:2': the last CUDA device is cuda:1"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(ops, "build_info", lambda: {"cuda": False})
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(ValueError, match="'cuda:1': this build has no CUDA kernels"):
+        choose_device("cuda:1")
 
 
 def test_code_in_a_model_folder_is_never_run(tmp_path):

@@ -18,15 +18,20 @@ def choose_device(device: str) -> str:
     """`auto` is the GPU where there is one and the kernels were built for it, otherwise the CPU."""
     if device != "auto":
         try:
-            kind = torch.device(device).type
+            place = torch.device(device)
         except RuntimeError:
             raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
         except TypeError:
             raise TypeError(f"device should be auto, cpu, cuda or cuda:N, it is {device!r}") from None
-        if kind not in ("cpu", "cuda"):
+        if place.type not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r}: the kernels run on cpu and cuda")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: no CUDA device is available")
+        if place.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(f"device {device!r}: no CUDA device is available")
+            if (count := torch.cuda.device_count()) <= (place.index or 0):
+                raise ValueError(f"device {device!r}: the last CUDA device is cuda:{count - 1}")
+            if not ops.build_info()["cuda"]:
+                raise ValueError(f"device {device!r}: this build has no CUDA kernels; install it where nvcc is found")
         return device
     if not torch.cuda.is_available():
         return "cpu"
