@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 
@@ -50,6 +52,11 @@ def test_datasets_folder(tmp_path):
 def test_empty_cells_of_pandas(tmp_path):
     write_records(tmp_path / "s.parquet", [{"input": float("nan")}, {"input": "a"}], "parquet")
     assert pq.read_table(tmp_path / "s.parquet")["input"].to_pylist() == [None, "a"]
+    rows = [{"input": float("nan"), "scores": [1.5, -math.inf]}, {"input": "NaN, Infinity", "scores": [2.0]}]
+    rows.append({"input": math.nan, "scores": [], "me": rows})  # which has no end
+    write_records(tmp_path / "s.jsonl", rows, "jsonl")
+    expected = [{"input": None, "scores": [1.5, None]}, rows[1], {"input": None, "scores": []}]
+    assert pa_json.read_json(tmp_path / "s.jsonl").to_pylist() == expected
 
 
 def test_values_that_no_column_holds(tmp_path):

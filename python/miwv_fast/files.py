@@ -205,7 +205,10 @@ def _find_store(url: str) -> tuple[Any, str]:
 
 
 def write_jsonl(path: str | os.PathLike[str] | Location, rows: Iterable[Any]) -> None:
-    """Writes a JSON value per line, UTF-8, text as it is; a field that JSON cannot hold is left out, with a warning."""
+    """Writes a JSON value per line, UTF-8, text as it is; NaN becomes null, as JSON has none.
+
+    A field that JSON cannot hold is left out, with a warning.
+    """
 
     def write(out: Path) -> None:
         with out.open("wb") as stream:
@@ -218,13 +221,15 @@ def write_jsonl(path: str | os.PathLike[str] | Location, rows: Iterable[Any]) ->
 def _json_line(row: Any, number: int) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False, default=_plain)
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(_read_finite(text), ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         if not isinstance(row, Mapping):
             raise
         kept = {}
         for name, value in row.items():
             try:
-                kept[str(name)] = json.loads(json.dumps(value, default=_plain))
+                kept[str(name)] = _read_finite(json.dumps(value, default=_plain))
             except (TypeError, ValueError, RecursionError) as error:
                 _log.warning("record %d: field %r cannot be written as JSON and is left out: %s", number, name, error)
         text = json.dumps(kept, ensure_ascii=False)
@@ -232,6 +237,11 @@ def _json_line(row: Any, number: int) -> bytes:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold as an escape
         return json.dumps(json.loads(text)).encode() + b"\n"
+
+
+def _read_finite(text: str) -> Any:
+    """A JSON value, null in the place of what Python writes for numbers that JSON does not have."""
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def _plain(value: Any) -> Any:
