@@ -17,8 +17,9 @@ from miwv_fast.info import info
 
 if TYPE_CHECKING:
     from miwv_fast.comparison import Comparison, compare
+    from miwv_fast.saved import load_scores
     from miwv_fast.scorer import score
-    from miwv_fast.scores import Scores, load_scores
+    from miwv_fast.scores import Scores
 
 __all__ = ["Comparison", "Explanation", "Scores", "compare", "explain", "info", "load_scores", "ops", "score"]
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOME = {
     "Comparison": "miwv_fast.comparison",
     "Scores": "miwv_fast.scores",
     "compare": "miwv_fast.comparison",
-    "load_scores": "miwv_fast.scores",
+    "load_scores": "miwv_fast.saved",
     "score": "miwv_fast.scorer",
 }
 

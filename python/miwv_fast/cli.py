@@ -167,7 +167,7 @@ def select(
     Example: miwv-fast select run --top 5% --dedup 0.95 --per source --output subset.jsonl
     """
     from miwv_fast.export import choose_format, write_records
-    from miwv_fast.scores import load_scores
+    from miwv_fast.saved import load_scores
     from miwv_fast.sources import FileSource
     from miwv_fast.trainers import check_trainer, write_for_trainer
 
@@ -221,7 +221,7 @@ def report(
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
     """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
-    from miwv_fast.scores import load_scores
+    from miwv_fast.saved import load_scores
 
     load_scores(run, data).report(output, top=top, field=field, model=model, tokenizer=tokenizer)
     typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
@@ -235,7 +235,7 @@ def compare(
 ) -> None:
     """Prints how far two runs over the same data agree, and the records that moved most."""
     from miwv_fast.comparison import compare, show_comparison
-    from miwv_fast.scores import load_scores
+    from miwv_fast.saved import load_scores
 
     first, second = load_scores(a, data), load_scores(b, data)
     show_comparison(compare(first, second), first)

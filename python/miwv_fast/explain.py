@@ -145,7 +145,7 @@ def explain_run(
     Without `model` the one that scored the run is loaded. Raises ValueError for a record without a score, or where the
     tokenizer is not the run's.
     """
-    from miwv_fast.scores import load_scores
+    from miwv_fast.saved import load_scores
 
     scores = load_scores(run, data)
     if not 0 <= index < len(scores):

@@ -34,7 +34,8 @@ from miwv_fast.job import Job
 from miwv_fast.neighbors import Neighbors
 from miwv_fast.progress import Progress
 from miwv_fast.records import Records, read_records
-from miwv_fast.scores import Scores, read_embeddings
+from miwv_fast.saved import read_embeddings
+from miwv_fast.scores import Scores
 from miwv_fast.sources import Source, open_source
 from miwv_fast.stopping import finishing, stoppable
 from miwv_fast.store import Run, check_output

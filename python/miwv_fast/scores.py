@@ -1,15 +1,13 @@
-"""The scores of a data set: the table, ranking and selection, and how they lie on disk."""
+"""The scores of a data set: the table, its ranking, and selections."""
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,7 @@ from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
 from miwv_fast.formats import Row
 from miwv_fast.records import TextDigest
-from miwv_fast.sources import FileSource, ObjectSource, Source, open_source
+from miwv_fast.sources import Source, open_source
 
 if TYPE_CHECKING:
     import datasets
@@ -52,9 +50,7 @@ SCHEMA = pa.schema(
 )
 # With more than one demonstration per record: how far their scores lie apart, and which they are.
 MULTI_SCHEMA = SCHEMA.append(pa.field("miwv_spread", pa.float32())).append(pa.field("neighbors", pa.list_(pa.int64())))
-_MANIFEST_KEY = b"miwv_fast"
-
-_log = logging.getLogger(__name__)
+MANIFEST_KEY = b"miwv_fast"
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ class Scores:
 
         `path` may be a URL that fsspec knows, such as s3://bucket/scores.parquet.
         """
-        table = self.table.replace_schema_metadata({_MANIFEST_KEY: json.dumps(dict(self.manifest)).encode()})
+        table = self.table.replace_schema_metadata({MANIFEST_KEY: json.dumps(dict(self.manifest)).encode()})
         stream = pa.BufferOutputStream()  # a path that is not UTF-8 is nothing that pyarrow could open
         pq.write_table(table, stream)
         Location(path).write_bytes(stream.getvalue().to_pybytes())
@@ -262,59 +258,8 @@ class Scores:
         return import_extra("datasets", "datasets").Dataset(self.table)
 
 
-def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
-    """Reads scores from a Parquet file that `Scores.save` wrote, or from a run folder, here or at a URL.
-
-    `data` says where the scored data is now; without it the manifest's paths are used. Raises FileNotFoundError if
-    there is no such file, ValueError if it holds no scores.
-    """
-    file = Location(path)
-    if file.is_dir():
-        file = file / "scores.parquet"
-    if not file.is_file():
-        if (file.parent / "manifest.json").is_file():
-            raise FileNotFoundError(f"the run in {file.parent} is not finished: the command that began it goes on")
-        raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
-    try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()))
-    except pa.ArrowException as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from error
-    metadata = table.schema.metadata or {}
-    table = table.replace_schema_metadata(None)
-    if not table.schema.equals(SCHEMA) and not table.schema.equals(MULTI_SCHEMA):
-        raise ValueError(f"{file} does not hold MIWV scores: its columns are {', '.join(table.column_names)}")
-    manifest = json.loads(metadata.get(_MANIFEST_KEY, b"{}"))
-    # What lies beside the scores belongs to them in their own run's folder only.
-    run = file.parent if _is_run(file.parent, manifest) else None
-    embeddings = None if run is None else read_embeddings(run)
-    return Scores(table, manifest, _find_source(manifest, data, run), embeddings=embeddings)
-
-
-def _is_run(folder: Location, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the run of this manifest."""
-    path = folder / "manifest.json"
-    try:
-        return path.is_file() and path.read_json() == manifest
-    except ValueError:
-        return False
-
-
-def read_embeddings(run: Location) -> np.ndarray | None:
-    """The embeddings that lie in a run folder, mapped into memory where it is local; None where none can be read."""
-    path = run / "embeddings.npy"
-    if not path.is_file():
-        return None
-    try:
-        if path.local is None:
-            return cast(np.ndarray, np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-        return cast(np.ndarray, np.load(path.local, mmap_mode="r", allow_pickle=False))
-    except (EOFError, ValueError) as error:
-        _log.warning("%s cannot be read: %s", path, error)
-        return None
-
-
 def _missing(manifest: Mapping[str, Any]) -> str:
-    """Why `_find_source` finds none."""
+    """Why there is no data at hand."""
     described = manifest.get("data", {})
     if "data_set" in described:
         return f"the data set {described['data_set']} that was scored cannot be loaded"
@@ -323,28 +268,3 @@ def _missing(manifest: Mapping[str, Any]) -> str:
     return (
         f"the scored file {missing[0]} is not there any more" if missing else "these scores do not hold their records"
     )
-
-
-def _find_source(manifest: Mapping[str, Any], data: object, run: Location | None) -> Source | None:
-    if data is not None:
-        return open_source(data)
-    described = manifest.get("data", {})
-    if run is not None and not {"files", "data_set"} & described.keys():
-        spooled = run / "data.jsonl"
-        if spooled.is_file():
-            lines = spooled.read_bytes().splitlines() if spooled.local is None else ()
-            rows = ObjectSource([json.loads(line) for line in lines], str(spooled))
-            source = FileSource([spooled.local]) if spooled.local else rows
-            source.own = True  # a malformed row may have become text in it
-            return source
-    if "data_set" in described:
-        try:
-            return open_source(described["data_set"])
-        except (OSError, ValueError) as error:
-            _log.warning("%s", error)
-            return None
-    files = described.get("files", [])
-    paths = [Path(file["path"]) for file in files]
-    if not paths or not all(path.is_file() for path in paths):
-        return None
-    return FileSource(paths)
