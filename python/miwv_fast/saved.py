@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -12,9 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from miwv_fast.files import Location
+from miwv_fast.parts import array_from_bytes, read_table
 from miwv_fast.scores import MANIFEST_KEY, MULTI_SCHEMA, SCHEMA, Scores
 from miwv_fast.sources import FileSource, ObjectSource, Source, open_source
 
@@ -35,7 +34,7 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
             raise FileNotFoundError(f"the run in {file.parent} is not finished: the command that began it goes on")
         raise FileNotFoundError(f"no scores at {path}: expected a Parquet file or a run folder with scores.parquet")
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()))
+        table = read_table(file.read_bytes())
     except pa.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}
@@ -65,7 +64,7 @@ def read_embeddings(run: Location) -> np.ndarray | None:
         return None
     try:
         if path.local is None:
-            return cast(np.ndarray, np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+            return array_from_bytes(path.read_bytes())
         return cast(np.ndarray, np.load(path.local, mmap_mode="r", allow_pickle=False))
     except (EOFError, ValueError) as error:
         _log.warning("%s cannot be read: %s", path, error)
