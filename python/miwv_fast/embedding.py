@@ -162,26 +162,23 @@ def open_embedder(embedder: Embedder) -> Embedder:
 
 def check_embedder(embedder: Embedder) -> None:
     """Raises ValueError, before anything large is loaded, if an embedder given by name is not to be had."""
-    if not isinstance(embedder, str | Path) or Path(embedder).exists():
-        return
-    found = _find_on_hub(str(embedder))
-    if isinstance(found, Exception):
-        raise _cannot_load(str(embedder), found) from found
+    if isinstance(embedder, str | Path) and not Path(embedder).exists():
+        _find_on_hub(str(embedder))
 
 
-def _find_on_hub(name: str) -> Path | Exception:
-    """A file of the embedder in the hub's cache, or why there is none."""
+def _find_on_hub(name: str) -> Path:
+    """A file of the embedder in the hub's cache. Raises ValueError where there is none."""
     from transformers.utils.hub import cached_file
 
     # As sentence-transformers does: names without an owner are its own; any model of transformers will do.
     repository = name if "/" in name else f"sentence-transformers/{name}"
-    reason: Exception = ValueError("no such model")
+    reason: Exception | None = None
     for file in ("modules.json", "config.json"):
         try:
             return Path(str(cached_file(repository, file)))
         except (OSError, ValueError) as error:
             reason = error
-    return reason
+    raise _cannot_load(name, reason) from reason
 
 
 def describe_embedder(embedder: Embedder) -> str:
@@ -201,8 +198,11 @@ def identify_embedder(embedder: Embedder) -> str | None:
         return None
     folder = Path(embedder)
     if not folder.is_dir():
-        found = _find_on_hub(str(embedder))
-        return None if isinstance(found, Exception) or found.parent.parent.name != "snapshots" else found.parent.name
+        try:
+            revision = _find_on_hub(str(embedder)).parent
+        except ValueError:
+            return None
+        return revision.name if revision.parent.name == "snapshots" else None
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\n".encode(errors="surrogateescape"))
