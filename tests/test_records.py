@@ -218,7 +218,7 @@ def test_statuses_and_rejections_keep_their_places(tmp_path: Path):
     assert [(r.index, r.location.rpartition(":")[2]) for r in records.rejections] == [(3, "5"), (4, "6")]
     assert "not JSON" in records.rejections[0].reason and records.rejections[0].row == "not json"
     assert records[6].id == "last" and records[6].turns == (Turn("c", "", "d"),)
-    assert records.ids().to_pylist() == [None] * 6 + ["last"]
+    assert records.table["id"].to_pylist() == [None] * 6 + ["last"]
 
 
 @given(st.lists(st.tuples(st.text(), st.text(), st.text(), st.integers(0, 3)), min_size=1, max_size=12), st.data())

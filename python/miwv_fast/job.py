@@ -240,7 +240,7 @@ class Job:
         nll_one = self.nll_one[:, 0] if self.k == 1 else _mean(self.nll_one, used)
         columns = {
             "index": pa.array(rows),
-            "id": self.records.ids(),
+            "id": self.records.table["id"],
             "miwv": pa.array(nll_one - self.nll_zero, mask=unscored),
             "nll_one_shot": pa.array(nll_one, mask=unscored),
             "nll_zero_shot": pa.array(self.nll_zero, mask=unscored),

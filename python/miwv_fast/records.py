@@ -68,10 +68,6 @@ class Records:
         """For each record null if it can be scored, otherwise `malformed`, `empty_instruction` or `empty_response`."""
         return self.table["status"].cast(pa.string())
 
-    def ids(self) -> pa.ChunkedArray:
-        """The records' own ids, null where a record has none."""
-        return self.table["id"]
-
     def embedded_texts(self, wanted: np.ndarray) -> pa.ChunkedArray:
         """`Record.embedded_text` of each record as large_string [N], null where `wanted`, bool [N], is not set."""
         nothing = pa.scalar(None, pa.string())
