@@ -172,9 +172,8 @@ def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
     """Groups of the candidates whose embeddings have a direction."""
     norms = np.zeros(len(embeddings))
     for begin in range(0, len(embeddings), _BLOCK_ROWS):
-        norms[begin : begin + _BLOCK_ROWS] = np.linalg.norm(
-            embeddings[begin : begin + _BLOCK_ROWS].astype(np.float64), axis=1
-        )
+        block = slice(begin, begin + _BLOCK_ROWS)
+        norms[block] = np.linalg.norm(embeddings[block].astype(np.float64), axis=1)
     directed = np.isfinite(norms) & (norms > 0)
     without = np.flatnonzero(candidates & ~directed)
     if len(without):
@@ -184,18 +183,9 @@ def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
             without[0],
         )
     members = np.flatnonzero(candidates & directed)
-    digests = np.empty((len(members), 16), np.uint8)
-    for begin in range(0, len(members), _BLOCK_ROWS):
-        rows = embeddings[members[begin : begin + _BLOCK_ROWS]] + 0.0  # -0.0 is 0.0
-        parts = (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
-        digests[begin : begin + _BLOCK_ROWS] = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 16)
-    _, index, inverse = np.unique(digests.view("V16").ravel(), return_index=True, return_inverse=True)
-    number = np.empty(len(index), np.int64)
-    number[np.argsort(index)] = np.arange(len(index))
-    label = number[inverse]
-    order = np.argsort(label, kind="stable")
-    start = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=len(index)))])
-    ordered = members[order]
+    group = _number_distinct(embeddings, members)
+    ordered = members[np.argsort(group, kind="stable")]
+    start = np.concatenate([[0], np.cumsum(np.bincount(group))])
     first = ordered[start[:-1]]
 
     def unit(chosen: np.ndarray) -> np.ndarray:
@@ -206,6 +196,20 @@ def _find_groups(embeddings: np.ndarray, candidates: np.ndarray) -> Groups:
         return result
 
     return Groups(ordered, start, unit)
+
+
+def _number_distinct(embeddings: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """The number of each member's embedding among the distinct ones, as they come, int64 [M]."""
+    digests = np.empty((len(members), 16), np.uint8)
+    for begin in range(0, len(members), _BLOCK_ROWS):
+        rows = embeddings[members[begin : begin + _BLOCK_ROWS]] + 0.0  # -0.0 is 0.0
+        parts = (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+        digests[begin : begin + _BLOCK_ROWS] = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 16)
+    _, index, inverse = np.unique(digests.view("V16").ravel(), return_index=True, return_inverse=True)
+    number = np.empty(len(index), np.int64)
+    number[np.argsort(index)] = np.arange(len(index))
+    numbered: np.ndarray = number[inverse]
+    return numbered
 
 
 def _choose(near: Near, groups: Groups, k: int, result: Neighbors) -> None:
