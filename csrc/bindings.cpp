@@ -1,5 +1,6 @@
 // The only file that knows Python. Pointers and strides arrive as integers that ops has checked against the tensors
-// they came from; what can only be seen in the data (targets, rows, offsets) is checked by the launchers.
+// they came from. What can only be seen in the data (targets, rows, offsets) the CPU launchers check and throw for;
+// CUDA kernels make it NaN.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

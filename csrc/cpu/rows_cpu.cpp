@@ -18,8 +18,8 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// A pool thread takes some 5 us to wake, in which one thread reads about 128 KiB: less than four times that isn't
-// shared.
+// A pool thread takes some 5 us to wake, in which one thread reads about 128 KiB: none is woken for less than four
+// times that.
 constexpr int64_t kBytesPerThread = 512 << 10;
 // Neighbouring rows go to one thread, as far as enough pieces are left to even out the ends: at the start of a row that
 // doesn't follow the one before, the hardware prefetcher has to find its feet again.

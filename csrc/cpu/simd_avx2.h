@@ -73,13 +73,13 @@ struct Simd {
 
   // sum + 2^t for t = c * x - reference = n + f, n = i/8 for a whole i, |f| <= 1/16:
   //
-  //   2^t = 2^floor(i/8) * 2^(i/8 - floor(i/8)) * 2^f,   2^f = kScale * ((f + kCenter)^3 + kLinear * (f + kCenter) +
-  //   kConstant)
+  //   2^t = 2^floor(i/8) * 2^(i/8 - floor(i/8)) * 2^f
+  //   2^f = kScale * (u^3 + kLinear * u + kConstant),   u = f + kCenter
   //
-  // The minimax cubic is off by 2e-8. It needs no square term because its inflection is near -1/ln 2, so f + kCenter
-  // costs nothing: it is t rounded once, with another constant, less n. i stands in the low bits of `rounded`. Shifted
-  // by 20, its upper part falls on the exponent and its lower three bits below it, which the table of kScale * 2^(j/8)
-  // takes off again. t is held in [-120, 64], where this can't wrap: 2^-120 is nothing beside the sum, 2^64 is seen as
+  // The minimax cubic is off by 2e-8. It needs no square term because its inflection is near -1/ln 2, so u costs
+  // nothing: it is t rounded once, with another constant, less n. i stands in the low bits of `rounded`. Shifted by 20,
+  // its upper part falls on the exponent and its lower three bits below it, which the table of kScale * 2^(j/8) takes
+  // off again. t is held in [-120, 64], where this can't wrap: 2^-120 is nothing beside the sum, 2^64 is seen as
   // overflow. NaN passes.
   template <bool kMasked>
   MIWV_TARGET MIWV_INLINE static Float add_exp2(Float sum, Float x, const Shift& shift) {

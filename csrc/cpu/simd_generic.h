@@ -89,9 +89,8 @@ struct Simd {
     MIWV_INLINE Shift(float reference, float c) : reference(broadcast(reference)), c(broadcast(c)) {}
   };
 
-  // sum + 2^t for t = c * (x - reference) = n + f, n whole, |f| <= 1/2, and a minimax polynomial of 2^f that is
-  // off by 7.5e-8. kRound leaves n + 127 in the low bits of `rounded`, which become an exponent by a shift. t is held
-  // in
+  // sum + 2^t for t = c * (x - reference) = n + f, n whole, |f| <= 1/2, and a polynomial for 2^f that is off by 1.6e-7
+  // at most. kRound leaves n + 127 in the low bits of `rounded`, which become an exponent by a shift. t is held in
   // [-125, 64], where that can't wrap; NaN passes, because a comparison with it is false, and because the power is
   // multiplied, not added into the bits, where the payload of a NaN could carry.
   template <bool kMasked>

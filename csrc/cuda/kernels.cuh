@@ -3,8 +3,8 @@
 //   log p(t | x) = x[t] - m - log(sum_v exp(x[v] - m)),  m = max_v x[v]
 //
 // Streaming softmax (Milakov and Gimelshein, arXiv 1805.02867) with one exponential per element; 2 or 4 bytes and about
-// 6 instructions per element, 8 where not every row starts on 16 bytes. For means, 8 bytes of scratch memory per token
-// and logits.
+// 6 instructions per element, 8 where not every row starts on 16 bytes; a softcap takes 18 more and a second
+// exponential. For means, 8 bytes of scratch memory per token and logits.
 //
 // How a row is summed depends on its length alone, never on its address, on the other rows, or on how many blocks work
 // on it, and so do the bits of the result:
@@ -30,8 +30,8 @@ constexpr uint32_t kMaxSlices = 64;
 constexpr uint32_t kOneWarpVectors = 512;  // a body up to this long is left to one warp, and a block does kWarps rows
 constexpr int kReduceThreads = 128;
 
-// Blocks per multiprocessor that registers must leave room for: 64 KB of loads in flight there, 48 KB of them
-// different.
+// Blocks per multiprocessor that registers must leave room for. Each has kTile vectors in flight: 4 blocks 64 KB, 3
+// blocks 48 KB (and as much again of the bytes that neighbouring threads share where rows are not aligned).
 constexpr int min_blocks(uint32_t group, bool aligned) {
   return group == kThreads && aligned ? 4 : 3;
 }
@@ -43,17 +43,18 @@ struct SweepParams {
   const int64_t* rows[2];  // or null
   const int64_t* targets;
   int64_t num_tokens;
-  int64_t first;   // the first entry of the rows has this number among the targets
-  float c, scale;  // of exponents, and of what they are relative to; with a softcap kLog2E and 1
+  int64_t first;  // the first entry of the rows has this number among the targets
+  float scale;    // of differences of logits; 1 with a softcap, which has the scale in it
+  float c;        // kLog2E * scale: an exponential is 2^(c * (x - max))
   Capped cap;
   uint32_t body;  // vectors in it
   uint32_t slices;
   uint32_t slice_vectors;
-  // Where a row's result goes, one of them:
-  float* out;               // [num_tokens]
-  double* logprobs;         // [sides][num_tokens]
-  Partial* added;           // [num_tokens], added to unless
-  bool begin;               // they hold nothing yet
+  // Where a row's result goes, one of three:
+  float* out;        // [num_tokens]
+  double* logprobs;  // [sides][num_tokens]
+  Partial* added;    // [num_tokens]: a row is added to its partial or, with begin, becomes it
+  bool begin;
   OnlineSoftmax* partials;  // [sides][num_tokens][slices * kWarps] where rows are split, otherwise null
 };
 
@@ -76,8 +77,8 @@ struct ReduceParams {
 
 template <class D>
 struct Target {
-  const typename D::Raw* row;  // null where the row does not exist, or the target, unless it may lie in another slice
-  int64_t index;               // -1 where it lies in another slice
+  const typename D::Raw* row;  // null: there is no such row or, where rows are whole, no such target
+  int64_t index;               // of the target in the row; -1: it lies in another slice of the vocabulary
 };
 
 template <class D>
@@ -95,7 +96,7 @@ __device__ __forceinline__ Target<D> locate(const SweepParams& p, int side, int6
 
 // ---- Kernels
 
-// Of a row that a block does alone.
+// The partial sums of a row that a block does alone.
 __device__ __forceinline__ OnlineSoftmax* block_partials() {
   __shared__ OnlineSoftmax shared_partials[kMaxSlices * kWarps];
   return shared_partials;

@@ -1,8 +1,8 @@
 """Products of hidden states with an output head, slice by slice into one workspace.
 
-With n logits in a slice of m tokens, the head is read T / m times and the workspace is written and read once: 2 H
-operations and 8 bytes for a logit, which on a CPU stay in its cache. Three kinds: torch's own; on a CPU, where those of
-16-bit matrices would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AMX.
+With m tokens to a slice, the head is read T / m times. A logit takes 2 H operations, and 8 bytes: it is written to the
+workspace and read again, on a CPU in its cache. Three kinds: torch's own; on a CPU, where those of 16-bit matrices
+would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AMX.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from miwv_fast.ops import launch
 
-# The tokens of a slice, and its bytes. On a CPU: what fits into its cache, and products as fast as large ones (Zen 4:
-# 12 ns a logit at H = 576, 15 with 64 tokens). On a GPU: the head is read once for 4,096 tokens.
+# The tokens of a slice, and its bytes. On a CPU: what fits into its cache, and products as fast as large ones (losses
+# at H = 576 on Zen 3: 16 ns a logit with 512 tokens, 29 with 128; benchmarks/results/head_cpu.json). On a GPU: the head
+# is read once for 4,096 tokens.
 _SLICE_TOKENS = {"cpu": 512, "cuda": 4096}
 _SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 _GRANULE = 64  # entries; slices are no narrower unless the vocabulary is
