@@ -70,6 +70,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((group,) for group in GROUPS),
         *((g, e) for g in ("values", "responses", "partials") for e in ("2.4e-7", "-2.4e-7")),
     ],
+    ids=" ".join,
 )
 def test_emulated_kernels(emulated: Path, arguments: tuple[str, ...]) -> None:
     run = subprocess.run([str(emulated), *arguments], capture_output=True, text=True, timeout=300)

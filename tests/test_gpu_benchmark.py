@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def run(gpu: ModuleType, tmp_path: Path) -> Any:
     """A run that has begun, with a minute left."""
-    report = {"commit": None, "checks": {}, "rows": [], "head": [], "model": None, "job": None}
+    report = {"commit": None, "checks": {}, "cases": [], "head": [], "model": None, "job": None}
     return gpu.Run(gpu.parse(["--out", str(tmp_path), "--minutes", "1"]), report, tmp_path / "gpu-x.json")
 
 

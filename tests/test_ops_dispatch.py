@@ -26,6 +26,7 @@ import subprocess
 import sys
 from array import array
 from math import exp, fsum, inf, isnan, log, nan, sin
+from pathlib import Path
 from typing import Any
 
 
@@ -49,19 +50,33 @@ def check(core: Any) -> None:
             assert abs(out[0] - plain) < 1e-5 and -1e-5 < out[1] <= 0 and isnan(out[2]) and masked, (isa, vocab, out)
 
 
+def load(path: str) -> Any:
+    """The extension by itself: neither the package nor torch is imported."""
+    spec = importlib.util.spec_from_file_location("_core", path)
+    assert spec and spec.loader
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return extension
+
+
 def run(isa: str) -> subprocess.CompletedProcess[str]:
-    code = "from miwv_fast import ops; print(ops.build_info()['isa'])"
+    """A process that loads the extension where MIWV_ISA is set, and prints what it runs."""
+    from miwv_fast import _core
+
+    code = "import sys; from test_ops_dispatch import load; print(load(sys.argv[1]).isa())"
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "MIWV_ISA": isa}, capture_output=True, text=True
+        [sys.executable, "-c", code, _core.__file__],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "MIWV_ISA": isa},
+        capture_output=True,
+        text=True,
     )
 
 
 def test_every_instruction_set_of_this_cpu() -> None:
     from miwv_fast import _core
 
-    before = _core.isa()
     check(_core)
-    _core.select_isa(before)
 
 
 def test_the_best_is_chosen_and_another_can_be_forced() -> None:
@@ -78,9 +93,6 @@ def test_an_unknown_instruction_set_fails_at_import() -> None:
 
 
 if __name__ == "__main__":
-    spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
-    assert spec and spec.loader
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
+    extension = load(sys.argv[1])
     check(extension)
     print("ok:", *extension.available_isas())
