@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def instruction_set() -> Iterator[None]:
-    """Whatever a test selects, the next one begins with what this process began with."""
+    """What a test selects is gone after it: no test needs to put it back."""
     before = _core.isa()
     yield
     _core.select_isa(before)

@@ -1,4 +1,4 @@
-"""Tokenizers of three kinds, tiny models of four architectures, texts and embeddings: all made here."""
+"""Tokenizers of three kinds, tiny models of many architectures, texts, embeddings and scores: all made here."""
 
 from __future__ import annotations
 

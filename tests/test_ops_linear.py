@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -26,11 +26,8 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.isa()
+def isa(request: pytest.FixtureRequest) -> None:
     _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def head_of(vocab: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +60,13 @@ def expected_nll(
 
 
 def rounding(weight: torch.Tensor, hidden: torch.Tensor) -> float:
-    """What float32 products of these numbers may be off by: H additions of the largest magnitude there is."""
+    """What losses from float32 products of these numbers may be off by.
+
+    Each of a logit's H additions rounds by half a unit of its magnitude at most, and independent errors add up to
+    sqrt(H) of them; a loss holds two of these, its target's logit and the others'. The row kernel adds 1e-5.
+    """
     magnitude = (hidden.reshape(-1, hidden.shape[-1]).double().abs() @ weight.double().abs().T).max()
-    return 4 * float(magnitude) * torch.finfo(torch.float32).eps + 1e-5
+    return hidden.shape[-1] ** 0.5 * float(magnitude) * torch.finfo(torch.float32).eps + 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,15 +147,17 @@ def test_hidden_states_are_read_in_place(small_slices: None) -> None:
     storage = torch.randn(4, 9, 20)
     weight, _ = head_of(300, 20, torch.float32)
     columns = weight.T.contiguous().T
-    for view in (storage[:, :-1], storage[::2], storage.transpose(0, 1), storage[0], storage[:, :, :]):
+    close = {"rtol": 0, "atol": rounding(weight, storage)}
+    for view in (storage[:, :-1], storage[::2], storage.transpose(0, 1), storage[0], storage):
         targets = torch.arange(view[..., 0].numel())
         offsets = torch.tensor([0, len(targets)])
         before = view.clone()
         expected = ops.linear_response_nll(view.contiguous(), weight, targets, offsets)
         assert torch.equal(bits(ops.linear_response_nll(view, weight, targets, offsets)), bits(expected))
-        torch.testing.assert_close(ops.linear_response_nll(view, columns, targets, offsets), expected)
+        torch.testing.assert_close(ops.linear_response_nll(view, columns, targets, offsets), expected, **close)
         rows = torch.randperm(len(targets))
-        torch.testing.assert_close(ops.linear_response_nll(view, weight, targets[rows], offsets, rows), expected)
+        some = ops.linear_response_nll(view, weight, targets[rows], offsets, rows)
+        torch.testing.assert_close(some, expected, **close)
         assert torch.equal(view, before)
 
 
@@ -239,7 +242,7 @@ def kernel_logprobs(logits: torch.Tensor, targets: torch.Tensor, scale: float, s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 17, 64, 1025, 50257])
 @pytest.mark.parametrize(("scale", "softcap"), [(0.0625, 0.0), (13.0, 0.0), (1.0, 30.0), (0.25, 50.0), (3.0, 1.0)])
-def test_transformed_rows(isa: str, dtype: torch.dtype, vocab: int, scale: float, softcap: float) -> None:
+def test_transformed_rows(isa: None, dtype: torch.dtype, vocab: int, scale: float, softcap: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
     values = torch.randn(6, vocab, generator=generator)
     dominated = values[1].clone()
@@ -251,7 +254,7 @@ def test_transformed_rows(isa: str, dtype: torch.dtype, vocab: int, scale: float
     assert_close(kernel_logprobs(logits, targets, scale, softcap), expected)
 
 
-def test_a_cap_of_any_size(isa: str) -> None:
+def test_a_cap_of_any_size(isa: None) -> None:
     """Near 0 the cap does nothing, and costs no accuracy however large it is."""
     logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(1)) * 4
     targets = torch.tensor([0, 1000, 1999])
@@ -262,7 +265,7 @@ def test_a_cap_of_any_size(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 9, 300, 1100])
-def test_transformed_values_that_are_not_finite(isa: str, dtype: torch.dtype, vocab: int) -> None:
+def test_transformed_values_that_are_not_finite(isa: None, dtype: torch.dtype, vocab: int) -> None:
     """tanh makes infinities finite, a scale leaves them; NaN stays; a scale that overflows float32 does no harm."""
     for value in (torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max, torch.finfo(dtype).min):
         for place in {0, vocab // 2, vocab - 1}:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,13 +10,10 @@ from miwv_fast.ops import launch, products
 
 
 @pytest.fixture
-def amx() -> Iterator[None]:
+def amx() -> None:
     if "amx" not in _core.available_isas():
         pytest.skip("this CPU has no AMX")
-    before = _core.isa()
     _core.select_isa("amx")
-    yield
-    _core.select_isa(before)
 
 
 def filled(*shape: int, value: float = torch.nan) -> torch.Tensor:
@@ -94,11 +89,7 @@ def test_losses_by_every_instruction_set(amx: None) -> None:
 
 
 def test_without_it_products_are_converted() -> None:
-    before = _core.isa()
     _core.select_isa("generic")
-    try:
-        assert not launch.has_product()
-        head = products.Head(torch.zeros(8, 4, dtype=torch.bfloat16), None, None, 1.0, 1 << 20)
-        assert type(products.product_of(head.weight, head, 8)) is products._ConvertedProduct
-    finally:
-        _core.select_isa(before)
+    assert not launch.has_product()
+    head = products.Head(torch.zeros(8, 4, dtype=torch.bfloat16), None, None, 1.0, 1 << 20)
+    assert type(products.product_of(head.weight, head, 8)) is products._ConvertedProduct

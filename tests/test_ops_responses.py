@@ -62,7 +62,7 @@ def test_difference_against_two_losses() -> None:
     one, zero = torch.randn(3, 6, 500) * 3, torch.randn(3, 4, 500) * 3
     one_rows, zero_rows = torch.tensor([2, 3, 4, 8, 9, 15]), torch.tensor([0, 1, 2, 5, 6, 11])
     targets, offsets = torch.randint(500, (6,)), torch.tensor([0, 3, 5, 6])
-    result = ops.response_nll_difference(one, zero[:, :], targets, offsets, one_rows, zero_rows)
+    result = ops.response_nll_difference(one, zero, targets, offsets, one_rows, zero_rows)
     token = torch.tensor(reference(zero, targets, zero_rows) - reference(one, targets, one_rows))
     expected = torch.stack([part.mean() for part in token.split([3, 2, 1])])
     assert (result.double() - expected).abs().max() <= 2e-5  # two losses, 1e-5 each

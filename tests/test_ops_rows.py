@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,11 +17,8 @@ SIZES = [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 257, 511, 513, 1023,
 
 
 @pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.isa()
+def isa(request: pytest.FixtureRequest) -> None:
     _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def _distributions(rows: int, vocab: int) -> dict[str, torch.Tensor]:

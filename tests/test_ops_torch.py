@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,17 +130,6 @@ def test_default_device_and_dtype_do_not_matter() -> None:
     assert torch.equal(linear, ops.linear_response_nll(*head, TARGETS, OFFSETS))
 
 
-def test_cuda_tensors_without_cuda_kernels() -> None:
-    if ops.build_info()["cuda"]:
-        pytest.skip("this build has CUDA kernels")
-
-    class OnGpu:
-        is_cpu, is_cuda = False, True
-
-    with pytest.raises(RuntimeError, match=r"has no CUDA kernels.*MIWV_CUDA_WHEELS"):
-        ops.launch.require_kernels(OnGpu())
-
-
 def test_build_info() -> None:
     info = ops.build_info()
     assert info["isa"] in info["available_isas"] and info["available_isas"][0] == "generic"
@@ -152,7 +142,7 @@ META_OFFSETS = torch.zeros(3, dtype=torch.int64, device="meta")
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("call", "message"),
     [
         (lambda: ops.token_logprobs(META_LOGITS, META_TARGETS[:3]), "targets have 3 entries, they must have 4"),
         (lambda: ops.token_logprobs(META_LOGITS, TARGETS.cpu()), "targets are on cpu, they must be on meta"),
@@ -180,10 +170,10 @@ META_OFFSETS = torch.zeros(3, dtype=torch.int64, device="meta")
         (lambda: ops.response_nll_partials(META_HIDDEN, META_WEIGHT, META_TARGETS, scale=-1.0), "scale is -1.0"),
         (
             lambda: ops.combine_partials([torch.empty(4, 2, dtype=torch.float64, device="meta")], META_OFFSETS),
-            r"\[4, 3\]|3\]",
+            r"has shape \(4, 2\), it must be \[4, 3\]",
         ),
     ],
 )
-def test_meta_tensors_are_checked_like_real_ones(call, message):
+def test_meta_tensors_are_checked_like_real_ones(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
