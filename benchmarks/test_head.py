@@ -46,6 +46,7 @@ def results() -> Iterator[None]:
             "command": f"MIWV_RESULTS={path} pytest {shlex.join(sys.argv[1:])}",
             "date": time.strftime("%Y-%m-%d"),
             "device": processor(),
+            "isa": ops.build_info()["isa"],
             "torch": torch.__version__,
             "python": platform.python_version(),
             "table": _rows,
