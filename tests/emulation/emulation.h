@@ -1,7 +1,7 @@
 // Runs CUDA kernels compiled by a C++ compiler: a fibre for every thread, one block at a time, in step only where the
 // kernel says so (__syncthreads, __shfl_*_sync). It finds wrong indices, reads of memory that is not ours, missing or
-// diverging barriers and dependence on the order of threads; it cannot find races within a warp's step, and says
-// nothing about speed, about what ex2.approx really rounds to, or about the assembly that it replaces.
+// diverging barriers and dependence on the order of threads and blocks; it cannot find races within a warp's step, and
+// says nothing about speed, about what ex2.approx really rounds to, or about the assembly that it replaces.
 #pragma once
 
 #include <setjmp.h>
@@ -41,7 +41,7 @@ constexpr unsigned kMaxThreads = 1024;
 
 inline dim3 thread_index, block_index, grid_size;
 inline unsigned current;           // thread of the block
-inline bool reversed = false;      // threads run in falling order: no result may depend on it
+inline bool reversed = false;      // blocks and threads run in falling order: no result may depend on it
 inline float exp2_error = 0.0f;    // relative error put on every exp2, to model ex2.approx at its worst (2^-22)
 inline int multiprocessors = 132;  // what cudaDeviceGetAttribute says
 
@@ -116,7 +116,9 @@ inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel
   grid_size = grid;
   if (threads % 32 || threads > kMaxThreads || grid.y > 65535 || grid.z > 65535)
     fail("a launch that CUDA would refuse");
-  for (uint64_t block = 0; block < uint64_t(grid.x) * grid.y * grid.z; ++block) {
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t block = reversed ? blocks - 1 - i : i;
     block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
     std::memset(&__start_emulated_shared, 0xff, &__stop_emulated_shared - &__start_emulated_shared);
     done.assign(threads, 0);

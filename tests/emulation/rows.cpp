@@ -229,6 +229,7 @@ void check_strides() {
   check("two levels", {memory, d, 30, kVocab, 1, 10, kStride}, {29, 0, 15});
   check("two levels, falling", {last, d, 30, kVocab, 1, 10, -kStride}, {29, 0, 15});
   check("two levels, few of them", {memory, d, 6, kVocab, kStride, 3, 1}, {5, 0, 4});
+  check("rows on 16 bytes, batches not", {memory, d, 4, kVocab, 1008, 2, kStride}, {3, 0, 2});
   munmap(memory, kBytes);
 }
 
@@ -268,6 +269,12 @@ void check_responses() {
           expect_close(nll[b], -one_sum / count, what + " response_nll");
           expect_close(out[b], (zero_sum - one_sum) / count, what + " difference", 2 * kTolerance);
         }
+        // At V = 1000 rows of `zero` start on 16 bytes, those of `one` don't: one kernel has to see that of either
+        // side.
+        const std::vector<float> swapped =
+            difference(zero.logits, one.logits, zero_rows, one_rows, targets, offsets, split);
+        for (size_t b = 0; b < out.size(); ++b)
+          expect(swapped[b] == -out[b] || (out[b] != out[b] && swapped[b] != swapped[b]), what + " swapped");
       }
       // All rows in order, without an index.
       const std::vector<int64_t> nine(9, vocab - 1), in_order{0, 1, 2, 3, 4, 5, 6, 7, 8}, ends{0, 9};
@@ -277,13 +284,15 @@ void check_responses() {
     }
 }
 
-// NaN for that token or response, for no other, and no read at all: the logits of the bad ones do not exist.
+// NaN for that token or response, for no other, and no read at all: where the logits of the bad ones lie, nothing does.
 void check_bad_indices() {
   const DType d = DType::kBFloat16;
   for (int64_t vocab : {9, 20011})
     for (Split split : kSplits) {
-      const Logits nowhere{nullptr, d, 3, vocab, vocab, 3, 0};
-      const std::vector<int64_t> bad_rows{-1, 3, 0, 0, INT64_MIN}, bad_targets{0, 0, -100, vocab, INT64_MAX};
+      const Logits nowhere{reinterpret_cast<const void*>(4096), d, 3, vocab, vocab, 3, 0};
+      const int64_t beyond = int64_t(1) << 32;  // 0 in 32 bits
+      const std::vector<int64_t> bad_rows{-1, 3, beyond, INT64_MIN, 0, 0, 0, 0};
+      const std::vector<int64_t> bad_targets{0, 0, 0, 0, -100, vocab, beyond, INT64_MAX};
       for (float out : token_logprobs(nowhere, bad_targets, &bad_rows, split)) expect(out != out, "bad index");
       Matrix m(d, vocab, 4, 0, 0, true);
       const std::vector<int64_t> rows{0, 1, 2, 3}, targets{0, -100, 1, vocab}, offsets{0, 1, 2, 3, 4};
@@ -300,15 +309,17 @@ void check_bad_indices() {
     }
 }
 
-// Few rows are split, many are not; how many slices there are goes by V.
+// Rows are split where there are fewer than two for each multiprocessor, and V is more than a slice.
 void check_split_choice() {
   for (int64_t vocab : {100, 128256}) {
     const Logits logits{nullptr, DType::kBFloat16, 1, vocab, vocab, 1, 0};
-    const auto scratch = [&](int64_t tokens) {
-      return miwv::cuda::scratch_bytes(logits, tokens, 1, false, 0, Split::kFewRows);
+    const auto scratch = [&](int64_t tokens, int sides) {
+      return miwv::cuda::scratch_bytes(logits, tokens, sides, false, 0, Split::kFewRows);
     };
-    expect((scratch(16) > 0) == (vocab > 5000), "16 rows");
-    expect(scratch(4096) == 0, "4096 rows");
+    const int64_t few = 2 * emulation::multiprocessors - 2;
+    expect((scratch(few, 1) > 0) == (vocab > 5000), "few rows");
+    expect((scratch(few / 2, 2) > 0) == (vocab > 5000), "few rows of both sides");
+    expect(scratch(few + 2, 1) == 0 && scratch(few / 2 + 1, 2) == 0, "many rows");
   }
 }
 
