@@ -121,20 +121,21 @@ def test_report_and_compare(workplace, monkeypatch, capfd):
     assert status == 2 and "these runs are of different data: 10 records and 11" in error
 
 
-def test_status_resume_and_fresh(workplace):
+def test_status_resume_and_fresh(workplace, monkeypatch, capfd):
+    """Of a run that another process has finished."""
     first = run(workplace, *SCORE, "again")
     assert first.returncode == 0, first.stderr
-    done = run(workplace, "status", "again")
-    assert done.returncode == 0 and done.stdout.startswith("finished: ") and "0 records rejected" in done.stdout
+    status, out, _ = call(monkeypatch, capfd, workplace, "status", "again")
+    assert status == 0 and out.startswith("finished: ") and "0 records rejected" in out
     before = (workplace / "again" / "scores.parquet").read_bytes()
-    assert run(workplace, *SCORE, "again").returncode == 0
+    assert call(monkeypatch, capfd, workplace, *SCORE, "again")[0] == 0
     assert (workplace / "again" / "scores.parquet").read_bytes() == before
-    other = run(workplace, *SCORE, "again", "--template", "plain")
-    assert other.returncode == 2 and "template.name" in other.stderr and "Traceback" not in other.stderr
+    status, _, error = call(monkeypatch, capfd, workplace, *SCORE, "again", "--template", "plain")
+    assert status == 2 and "template.name" in error and "Traceback" not in error
     fresh = run(workplace, *SCORE, "again", "--template", "plain", "--fresh")
     assert fresh.returncode == 0 and "moved the old run to again.old-1" in fresh.stderr
-    missing = run(workplace, "status", "nowhere")
-    assert missing.returncode == 2 and "no run at nowhere" in missing.stderr
+    status, _, error = call(monkeypatch, capfd, workplace, "status", "nowhere")
+    assert status == 2 and "no run at nowhere" in error
 
 
 def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
