@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -240,17 +241,22 @@ def test_help_and_info(workplace):
     assert done.returncode == 0 and "torch" in json.loads(done.stdout)["packages"]
 
 
-def test_demo(smollm2, minilm, tmp_path):
-    done = run(tmp_path, "demo")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("count", [20, pytest.param(120, marks=pytest.mark.long)])
+def test_demo(smollm2, minilm, tmp_path, monkeypatch, capfd, count):
+    """120 records are all that are packaged."""
+    lines = (files("miwv_fast") / "demo_records.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "demo_records.jsonl").write_text("\n".join(lines[:count]), encoding="utf-8")
+    monkeypatch.setattr("miwv_fast.demo.files", lambda package: tmp_path)
+    status, out, error = call(monkeypatch, capfd, tmp_path, "demo")
+    assert status == 0, error
     table = pq.read_table(tmp_path / "miwv-demo" / "scores.parquet")
-    assert table.num_rows == 120 and set(table["status"].to_pylist()) == {"ok"}
-    assert len((tmp_path / "miwv-demo" / "selected.jsonl").read_text().splitlines()) == 12
-    assert "it/s" not in done.stderr  # no bars of other libraries
-    assert "best and worst" in done.stdout and "miwv-demo/selected.jsonl" in done.stdout
+    assert len(lines) == 120 and table.num_rows == count and set(table["status"].to_pylist()) == {"ok"}
+    assert len((tmp_path / "miwv-demo" / "selected.jsonl").read_text().splitlines()) == count // 10
+    assert "it/s" not in error  # no bars of other libraries
+    assert "best and worst" in out and "miwv-demo/selected.jsonl" in out
     best = max(table.to_pylist(), key=lambda row: row["miwv"])
     numbers = f"{best['miwv']:+.3f}", f"{best['nll_one_shot']:.3f}", f"{best['nll_zero_shot']:.3f}"
-    assert all(text in done.stdout for text in ("rank", "one-shot", *numbers))
+    assert all(text in out for text in ("rank", "one-shot", *numbers))
 
 
 def test_import_costs_what_torch_costs():
