@@ -16,6 +16,10 @@ so on for what it needs), and g++-aarch64-linux-gnu:
         -I$ROOT/usr/include -I$ROOT/usr/include/python3.11 $(python -m pybind11 --includes) csrc/bindings.cpp \
         csrc/cpu/*.cpp
     qemu-aarch64-static -L $ROOT $ROOT/usr/bin/python3.11 tests/test_ops_dispatch.py _core.so
+
+With _core.so beside the package's Python files, and torch, transformers and pytest for arm64 on PYTHONPATH (`pip
+install --platform manylinux_2_28_aarch64 --only-binary=:all: --no-deps --target`), `-m pytest tests/test_ops_rows.py`
+and the like run there, too, but for tests that start a process.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import miwv_fast
 from miwv_fast import embedding, formats, job, neighbors
@@ -200,6 +201,21 @@ def test_an_embedder_that_changed_is_another_run(folder, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"others")
     with pytest.raises(ValueError, match="embedder_content: "):
         score(folder, "embedder", embedder=tmp_path)
+
+
+def test_a_loaded_embedder_is_known_by_its_weights(folder):
+    class Model(torch.nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return text_embedder(texts) + self.weight.item()
+
+    score(folder, "loaded", embedder=Model(1.0))
+    score(folder, "loaded", embedder=Model(1.0))
+    with pytest.raises(ValueError, match="embedder_content: "):
+        score(folder, "loaded", embedder=Model(2.0))
 
 
 def write_by_other_hands(part: Path, table: pa.Table) -> None:

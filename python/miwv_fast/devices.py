@@ -31,7 +31,7 @@ def choose_device(device: str) -> str:
             if (count := torch.cuda.device_count()) <= (place.index or 0):
                 raise ValueError(f"device {device!r}: the last CUDA device is cuda:{count - 1}")
             if not ops.build_info()["cuda"]:
-                raise ValueError(f"device {device!r}: this build has no CUDA kernels; install it where nvcc is found")
+                raise ValueError(f"device {device!r}: {ops.launch.NO_KERNELS}")
         return device
     if not torch.cuda.is_available():
         return "cpu"

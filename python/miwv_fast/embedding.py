@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from miwv_fast.fingerprint import hash_weights
 from miwv_fast.progress import Progress
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -193,9 +194,13 @@ def describe_embedder(embedder: Embedder) -> str:
 
 
 def identify_embedder(embedder: Embedder) -> str | None:
-    """What an embedder given by name is: the SHA-256 of a folder's files, or a hub's revision; None if absent."""
+    """What an embedder is by content: a hub's revision, the SHA-256 of a folder's files or of a loaded model's weights.
+
+    None where it is not at hand, or a function.
+    """
     if not isinstance(embedder, str | Path):
-        return None
+        loaded = getattr(embedder, "__self__", None)  # whose `encode` it is
+        return hash_weights(repr(loaded), loaded) if isinstance(loaded, torch.nn.Module) else None
     folder = Path(embedder)
     if not folder.is_dir():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.devices import choose_device, choose_dtype, to_device
+from miwv_fast.fingerprint import hash_weights
 from miwv_fast.head import Scored, positions_at_a_time
 from miwv_fast.probe import agree, find_head
 from miwv_fast.shapes import shorten
@@ -98,11 +98,7 @@ class CausalLM:
         # The configuration does not say which attention was chosen, and that changes the last bits.
         config["class"] = type(self.model).__name__
         config["attention"] = getattr(self.model.config, "_attn_implementation", None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_weights(json.dumps(config, sort_keys=True, default=str), self.model)
 
     def response_nll(
         self,

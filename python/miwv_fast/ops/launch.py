@@ -12,6 +12,11 @@ from miwv_fast.ops.checks import Packed, ScaledPacked
 # tests and benchmarks change it.
 cuda_split = -1
 
+NO_KERNELS = (
+    "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the environment "
+    "variable MIWV_CUDA_WHEELS=1"
+)
+
 _NAMES = ("token_logprobs", "response_nll", "response_nll_difference", "add_partials")
 _CPU = {name: getattr(_core, f"cpu_{name}") for name in _NAMES}
 
@@ -21,10 +26,7 @@ def require_kernels(tensor: Tensor) -> None:
     if tensor.is_cpu or (tensor.is_cuda and _core.has_cuda):
         return
     if tensor.is_cuda:
-        raise RuntimeError(
-            "this build of miwv-fast has no CUDA kernels: install it again where nvcc is found, or with the "
-            "environment variable MIWV_CUDA_WHEELS=1"
-        )
+        raise RuntimeError(NO_KERNELS)
     raise ValueError(f"the tensors are on {tensor.device}, they must be on cpu or cuda")
 
 
