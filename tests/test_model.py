@@ -94,6 +94,21 @@ def test_devices_that_cannot_run_the_kernels(monkeypatch):
         choose_device("cuda:1")
 
 
+def test_loaded_models_where_no_kernel_is(monkeypatch):
+    own = byte_level()
+    model = tiny_model("llama", len(own))
+    with pytest.raises(TypeError, match="the first is no model of transformers: Linear"):
+        load_model((model.lm_head, own))
+    with pytest.raises(ValueError, match="device 'meta': the kernels run on cpu and cuda"):
+        load_model((tiny_model("llama", len(own)).to("meta"), own))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ops, "build_info", lambda: {"cuda": False})
+    with pytest.raises(ValueError, match="'cuda:0': this build of miwv-fast has no CUDA kernels"):
+        load_model((model, own))
+
+
 def test_code_in_a_model_folder_is_never_run(tmp_path):
     marker = tmp_path / "ran"
     code = f"open({str(marker)!r}, 'w').close()\n"

@@ -259,13 +259,17 @@ def load_model(
         if len(model) != 2:
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
         loaded, own_tokenizer = model
-        if not isinstance(loaded, torch.nn.Module):
-            raise TypeError(f"a loaded model is given as (model, tokenizer), the first is {type(loaded).__name__}")
+        if not isinstance(loaded, torch.nn.Module) or not hasattr(loaded, "config"):
+            raise TypeError(
+                "a loaded model is given as (model, tokenizer), the first is no model of transformers: "
+                f"{type(loaded).__name__}"
+            )
         tokenizer = load_tokenizer(own_tokenizer, tokenizer)
         if device != "auto":
             loaded = loaded.to(target)
         if dtype != "auto":
             loaded = loaded.to(chosen)
+        choose_device(str(loaded.device))  # which may be one without kernels
         return CausalLM(loaded, tokenizer, getattr(loaded, "name_or_path", "") or "the model")
     if not isinstance(model, str | Path):
         raise TypeError(f"model should be a name, a path or a (model, tokenizer) pair, it is {type(model).__name__}")
@@ -278,6 +282,7 @@ def load_model(
     loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen, "device_map": device_map})
     if device_map is None:
         loaded = loaded.to(target)
+    choose_device(str(loaded.device))
     return CausalLM(loaded, tokenizer, str(model))
 
 
