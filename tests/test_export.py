@@ -64,10 +64,7 @@ def test_values_that_no_column_holds(tmp_path):
     for name in ("s.parquet", "folder"):
         with pytest.raises(ValueError, match="field 'meta' do not go into one column"):
             write_records(tmp_path / name, rows, choose_format(tmp_path / name))
-    deep: object = 1
-    for _ in range(1500):
-        deep = [deep]
-    for value in ({}, [{}], deep):
+    for value in ({}, [{}]):
         for name in ("s.parquet", "folder"):
             try:  # some versions of pyarrow and datasets can
                 write_records(tmp_path / name, [{"instruction": "a", "meta": value}], choose_format(tmp_path / name))
@@ -76,6 +73,30 @@ def test_values_that_no_column_holds(tmp_path):
             else:
                 shutil.rmtree(tmp_path / name) if name == "folder" else (tmp_path / name).unlink()
     assert not list(tmp_path.iterdir())
+
+
+def _nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_values_nested_deeper_than_can_be_read_again(tmp_path):
+    import datasets
+
+    rows = [{"meta": _nested(32)}, {"meta": None}]
+    write_records(tmp_path / "s.parquet", rows, "parquet")
+    write_records(tmp_path / "folder", rows, "datasets")
+    assert pq.read_table(tmp_path / "s.parquet").to_pylist() == rows
+    assert datasets.load_from_disk(str(tmp_path / "folder"))[:]["meta"] == [_nested(32), None]
+    endless: list[object] = [{"meta": 1}]
+    endless += [endless, endless]
+    for deep in (_nested(33), _nested(100_000), endless):
+        for name, kind in (("t.parquet", "parquet"), ("other", "datasets")):
+            with pytest.raises(ValueError, match=r"field 'meta' do not go into one column: .* more than 32 deep"):
+                write_records(tmp_path / name, [{"meta": None}, {"meta": deep}], kind)
+    assert {path.name for path in tmp_path.iterdir()} == {"s.parquet", "folder"}
 
 
 @pytest.mark.parametrize(

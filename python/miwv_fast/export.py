@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast.files import Location, write_jsonl
+
+# Parquet's reader and `datasets` take some 50 levels; far more overflow Arrow's stack.
+_DEEPEST = 32
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", "": "datasets"}
 
@@ -35,7 +39,8 @@ def write_records(path: Path, rows: Sequence[Mapping[str, Any]], kind: str) -> N
     """Writes records as `kind`: a file is replaced, whole or not at all; a folder must not be there yet.
 
     A table has a column for every field of any record, null where a record doesn't have it or has NaN. Raises
-    ValueError where a field's values are of types that a column cannot hold together, or `datasets` is not installed.
+    ValueError where a field's values are of types that a column cannot hold together, or nested more than 32 deep, or
+    `datasets` is not installed.
     """
     if kind == "jsonl":
         write_jsonl(path, rows)
@@ -52,8 +57,24 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         with _one_column_each(f"the values of field {name!r}"):
-            columns[name] = pa.array([row.get(name) for row in rows], from_pandas=True)
+            values = [row.get(name) for row in rows]
+            _check_depth(values)
+            columns[name] = pa.array(values, from_pandas=True)
     return columns
+
+
+def _check_depth(values: Iterable[Any]) -> None:
+    """ValueError where lists or objects are nested deeper than a column can be read again."""
+    nested = list(filter(_is_nested, values))
+    for _ in range(_DEEPEST):
+        parts = chain.from_iterable(value.values() if isinstance(value, Mapping) else value for value in nested)
+        nested = list({id(part): part for part in parts if _is_nested(part)}.values())
+    if nested:
+        raise ValueError(f"they are nested more than {_DEEPEST} deep")
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, list | tuple | Mapping)
 
 
 @contextmanager
