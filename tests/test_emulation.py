@@ -43,7 +43,8 @@ def _cuda_headers() -> Path | None:
         toolkits.append(Path(nvcc).resolve().parents[1] / "include")
     folders = {*site.getsitepackages(), *sys.path}
     wheels = [found for folder in sorted(folders) for found in Path(folder).glob("nvidia/*/include")]
-    needed = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h", "vector_types.h")
+    # The wheels of CUDA 13 have not all of them.
+    needed = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h", "vector_types.h", "crt/host_defines.h")
     return next((f for f in (*toolkits, *wheels) if all((f / header).is_file() for header in needed)), None)
 
 
