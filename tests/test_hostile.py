@@ -143,7 +143,7 @@ def test_rows_of_every_odd_kind_keep_their_places(tmp_path):
         (b'{"instruction": "a", "output": "b", "output": "c"}', None),
         (b'{"instruction": 1, "output": "b"}', "'instruction' should be text, it is int 1"),
         (b'{"instruction": "a", "output": {"b": [1, 2]}}', "'output' should be text, it is dict"),
-        (b'{"instruction": "a", "output": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "recursion"),
+        (b'{"instruction": "a", "output": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "while decoding a JSON array"),
         (b'{"instruction": "a", "output": ' + b"[" * 900 + b"]" * 900 + b"}", "'output' should be text, it is list"),
         (b'{"id": ' + b"9" * 5000 + b', "instruction": "a", "output": "b"}', "4300 digits"),
         (b'{"messages": [{"role": "' + b"x" * 10**6 + b'", "content": "a"}]}', "has role 'xxx"),
