@@ -145,7 +145,7 @@ def test_rows_of_every_odd_kind_keep_their_places(tmp_path):
         (b'{"instruction": "a", "output": {"b": [1, 2]}}', "'output' should be text, it is dict"),
         (b'{"instruction": "a", "output": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "while decoding a JSON array"),
         (b'{"instruction": "a", "output": ' + b"[" * 900 + b"]" * 900 + b"}", "'output' should be text, it is list"),
-        (b'{"id": ' + b"9" * 5000 + b', "instruction": "a", "output": "b"}', "4300 digits"),
+        (b'{"id": ' + b"9" * 5000 + b', "instruction": "a", "output": "b"}', "the limit (4300"),
         (b'{"messages": [{"role": "' + b"x" * 10**6 + b'", "content": "a"}]}', "has role 'xxx"),
         (b'{"' + b"k" * 10**6 + b'": 1}', "found: kkkk"),
         (b'{"messages": {"role": "user"}}', "should be a list"),
@@ -300,10 +300,23 @@ def test_csv_headers(tmp_path):
         read(tmp_path / "rows.csv", b"instruction,output,output\na,b,c\n")
     with pytest.raises(ValueError, match=r"rows\.csv is UTF-16"):
         read(tmp_path / "rows.csv", "instruction,output\na,b\n".encode("utf-16"))
-    records = read(tmp_path / "rows.csv", b'\n\ninstruction,output,,\n"a ""b""\n",c\0,,\n\xe9,d,,\na,b\n')
-    assert records[0].turns[0].instruction == 'a "b"\n' and records[0].turns[0].response == "c\0"
+    records = read(tmp_path / "rows.csv", b'\n\ninstruction,output,,\n"a ""b""\n",c,,\n\xe9,d,,\na,b\n')
+    assert records[0].turns[0].instruction == 'a "b"\n' and records[0].turns[0].response == "c"
     assert [(r.index, r.location.rpartition(":")[2]) for r in records.rejections] == [(1, "6"), (2, "7")]
     assert "bytes that are not UTF-8" in records.rejections[0].reason
+
+
+def test_nul_in_csv(tmp_path):
+    """Python's reader takes it since 3.11."""
+    row = b"a,b\n"
+    if sys.version_info >= (3, 11):
+        records = read(tmp_path / "rows.csv", b"instruction,output,\0\nc,d\0,\n")
+        assert records[0].turns[0].response == "d\0"
+    else:
+        records = read(tmp_path / "rows.csv", b"instruction,output\nc,d\0\n" + row)
+        assert records.rejections[0].reason == "not CSV: line contains NUL" and len(records) == 2
+        with pytest.raises(ValueError, match=r"rows\.csv: the header is not CSV: line contains NUL"):
+            read(tmp_path / "rows.csv", b"instruction,output,\0\n" + row)
 
 
 BOMBS = {

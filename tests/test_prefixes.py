@@ -156,6 +156,11 @@ def test_frequencies_that_change_with_length(kind):
     each = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": rope}
     options = {"layer_types": list(each), "rope_parameters": each} if kind == "gemma3" else {"rope_parameters": rope}
     model = tiny_model(kind, VOCAB, **options)
+    try:
+        for _ in range(2):
+            model(torch.zeros(1, 17, dtype=torch.int64))
+    except UnboundLocalError:  # as in transformers 5.20
+        pytest.skip("the second long pass of layers with a LongRoPE of their own fails in this transformers")
     lm = CausalLM(model, None, kind)
     assert lm.shared_length == 16 and lm.max_length == 1024
     whole = [sequence(length, length) for length in (16, 30, 9, 17)]

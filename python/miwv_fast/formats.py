@@ -113,7 +113,10 @@ def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
         header: list[str] | None = []
         while header == []:  # blank lines
             lines.begin_row()
-            header = next(reader, None)
+            try:
+                header = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(f"{path}: the header is not CSV: {error}") from error
         if header is None:
             return
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
