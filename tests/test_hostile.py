@@ -308,15 +308,14 @@ def test_csv_headers(tmp_path):
 
 def test_nul_in_csv(tmp_path):
     """Python's reader takes it since 3.11."""
-    row = b"a,b\n"
     if sys.version_info >= (3, 11):
         records = read(tmp_path / "rows.csv", b"instruction,output,\0\nc,d\0,\n")
         assert records[0].turns[0].response == "d\0"
     else:
-        records = read(tmp_path / "rows.csv", b"instruction,output\nc,d\0\n" + row)
+        records = read(tmp_path / "rows.csv", b"instruction,output\nc,d\0\na,b\n")
         assert records.rejections[0].reason == "not CSV: line contains NUL" and len(records) == 2
         with pytest.raises(ValueError, match=r"rows\.csv: the header is not CSV: line contains NUL"):
-            read(tmp_path / "rows.csv", b"instruction,output,\0\n" + row)
+            read(tmp_path / "rows.csv", b"instruction,output,\0\na,b\n")
 
 
 BOMBS = {
