@@ -154,6 +154,15 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
             message["from"] = {"human": "user", "gpt": "assistant"}[message["from"]]
     entry = llama_factory_entry("s.jsonl", rows)
     assert entry["columns"] == {"messages": "conversations", "system": "system"}
+    orca = [{"system_prompt": text, "question": "a", "response": "b"} for text in ("", "Be brief.")]
+    assert llama_factory_entry("s.jsonl", orca)["columns"] == {
+        "prompt": "question",
+        "response": "response",
+        "system": "system_prompt",
+    }
+    assert "system" not in llama_factory_entry("s.jsonl", orca[:1])["columns"]
+    with pytest.raises(ValueError, match=r"2 fields of a system text \(system, system_prompt\)"):
+        llama_factory_entry("s.jsonl", [*orca, {**orca[1], "system": "Be kind."}])
     assert (entry["tags"]["user_tag"], entry["tags"]["assistant_tag"]) == ("user", "assistant")
     rows[0]["conversations"][0]["from"] = "human"
     with pytest.raises(ValueError, match="2 names for user_tag"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from miwv_fast import records as records_module
 from miwv_fast.records import read_records
 from miwv_fast.rejections import Rejection, Rejections
-from miwv_fast.shapes import MalformedRecord, Record, Turn, parse_record
+from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, MalformedRecord, Record, Turn, parse_record
 from miwv_fast.sources import open_source
 
 
@@ -31,6 +31,12 @@ def messages(*pairs, role="role", text="content"):
         {"prompt": "Add", "response": "3"},
         {"instruction": "Add", "context": "", "response": "3", "category": "open_qa"},
         {"prompt": "Add", "response": "3", "instruction": "Subtract"},
+        {"question": "Add", "answer": "3"},
+        {"question": "Add", "context": "", "answer": "3"},
+        {"system_prompt": "", "question": "Add", "response": "3"},
+        {"query": "Add", "response": "3", "original_question": "Subtract"},
+        {"problem": "Add", "solution": "3", "answer": "4"},
+        {"instruction": "Add", "output": "3", "question": "Subtract", "answer": "4"},
         {"messages": messages(("user", "Add"), ("assistant", "3"))},
         {"messages": messages(("user", "Add"), ("assistant", "3"), ("user", "and then?"))},
         {
@@ -55,6 +61,7 @@ def test_one_turn_in_every_shape(row):
         {"context": "1 2", "response": "3"},
         {"input": "1 2", "response": "3"},
         {"input": "1 2", "context": None, "response": "3"},
+        {"instruction": None, "question": "Add", "context": "1 2", "answer": "3"},
     ],
 )
 def test_input_is_part_of_the_embedded_text(rest):
@@ -72,13 +79,20 @@ def test_neither_of_two_inputs_is_lost():
         {"instruction": "Add", "output": "3"},
         {"prompt": "Add", "completion": "3"},
         {"instruction": "Add", "context": "1 2", "response": "3"},
+        {"question": "Add", "response": "3"},
         {"messages": messages(("user", "Add"), ("assistant", "3"))},
         {"conversations": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
     ],
 )
 def test_a_system_text_beside_the_rest(row):
-    assert parse_record(row | {"system": "Be kind."}).system == "Be kind."
-    assert parse_record(row | {"system": None}).system == ""
+    for beside in ({"system": "Be kind."}, {"system_prompt": "Be kind."}):
+        assert parse_record(row | beside).system == "Be kind."
+    assert parse_record(row | {"system": "Be kind.", "system_prompt": "Be brief."}).system == "Be kind."
+    for nothing in (None, "", float("nan")):
+        assert parse_record(row | {"system": nothing}).system == ""
+        assert parse_record(row | {"system": nothing, "system_prompt": "Be kind."}).system == "Be kind."
+    with pytest.raises(MalformedRecord, match="'system_prompt' should be text, it is ndarray"):
+        parse_record(row | {"system_prompt": np.array(["a", "b"])})
 
 
 @pytest.mark.parametrize(
@@ -185,9 +199,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
     max_leaves=8,
 )
-keys = st.sampled_from(
-    ["instruction", "input", "context", "output", "prompt", "completion", "response", "messages", "conversations", "id"]
-)
+keys = st.sampled_from(["messages", "conversations", "id", *SYSTEM_FIELDS, *(f for pair in PAIRS for f in pair.fields)])
 
 
 @given(st.dictionaries(keys, json_values))

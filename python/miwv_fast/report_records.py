@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 
 from miwv_fast.formats import Row
-from miwv_fast.shapes import MalformedRecord, parse_record
+from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, MalformedRecord, parse_record
 
 MAX_GROUPS = 30
 # Of each text, and of all turns of a record together.
 _TEXT_CHARACTERS = 2000
 _RECORD_CHARACTERS = 6000
 _VALUE_CHARACTERS = 60
-_TEXT_FIELDS = frozenset(
-    ("id", "instruction", "input", "context", "output", "prompt", "completion", "response", "system", "text")
-)
+_TEXT_FIELDS = {"id", "text", *SYSTEM_FIELDS}.union(*(pair.fields for pair in PAIRS))
 _UNSAFE = re.compile("[<>&\u2028\u2029]")
 _LIKELY_FIELDS = ("source", "category", "dataset", "task", "type", "topic", "domain", "language")
 

@@ -63,10 +63,11 @@ class Record:
 def parse_record(value: object, index: int = 0) -> Record:
     """Reads one record of any of the four shapes, recognised by its keys.
 
-    Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), `prompt` with
-    `completion` or `response`, which may be lists of messages, OpenAI `messages`, ShareGPT `conversations`; with any of
-    them the text of `system`, unless the conversation has its own, and with the first two the turns of `history` before
-    it, a list of pairs, as LLaMA-Factory has it. Raises MalformedRecord (a ValueError) that says what is wrong.
+    Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), a pair such as `prompt` with
+    `completion` or `response`, which may be lists of messages, or `question` with `answer` (PAIRS has all), OpenAI
+    `messages`, ShareGPT `conversations`; with any of them the text of `system` or `system_prompt`, unless the
+    conversation has its own, and with the first two the turns of `history` before it, a list of pairs, as LLaMA-Factory
+    has it. Raises MalformedRecord (a ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -74,7 +75,8 @@ def parse_record(value: object, index: int = 0) -> Record:
     if not isinstance(value, Mapping):
         raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
     record_id = _own_id(value.get("id"))
-    shape, beside = recognize(value), _text(value, "system")
+    shape, system_name = recognize(value), system_field(value)
+    beside = _text(value, system_name) if system_name else ""
     if isinstance(shape, Pair) and shape.is_conversation(value):
         prompt, response = (_as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
         system, turns = _read_conversation([*prompt, *response], str(shape), "role", "content")
@@ -100,18 +102,27 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.instruction} and {self.response}"
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.instruction, *self.inputs, self.response
+
     def is_conversation(self, value: Mapping[str, Any]) -> bool:
         """Whether a record of this shape has messages in place of texts, as TRL's conversational form has."""
         return self.instruction == "prompt" and _is_list(value.get("prompt"))
 
 
 # The first of which a record has instruction and response counts.
-_PAIRS = (
+PAIRS = (
     Pair("instruction", ("input",), "output"),
     Pair("prompt", (), "completion"),
     Pair("prompt", (), "response"),
     Pair("instruction", ("input", "context"), "response"),
+    Pair("question", ("context",), "answer"),
+    Pair("question", ("context",), "response"),  # OpenOrca
+    Pair("query", (), "response"),  # MetaMathQA
+    Pair("problem", (), "solution"),  # NuminaMath, Magicoder
 )
+SYSTEM_FIELDS = ("system", "system_prompt")
 
 
 def recognize(value: Mapping[str, Any]) -> Pair | str:
@@ -128,14 +139,20 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
         if name in present:
             return name
     for known in (present, value.keys()):
-        for pair in _PAIRS:
+        for pair in PAIRS:
             if pair.instruction in known and pair.response in known:
                 return pair
     keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
     raise MalformedRecord(
         "its fields name no known shape; expected instruction and output or response, prompt and completion or "
-        f"response, messages, or conversations, found: {keys}"
+        "response, question and answer or response, query and response, problem and solution, messages, or "
+        f"conversations, found: {keys}"
     )
+
+
+def system_field(value: Mapping[str, Any]) -> str | None:
+    """Where a system text beside the rest stands: the first of SYSTEM_FIELDS that is not empty, None if all are."""
+    return next((name for name in SYSTEM_FIELDS if not _is_empty(value.get(name))), None)
 
 
 def _own_id(value: object) -> str | None:
@@ -186,7 +203,7 @@ def _read_conversation(messages: object, name: str, role_key: str, text_key: str
 
 def _read_history(history: object) -> Iterator[Turn]:
     """Earlier turns: pairs of instruction and response."""
-    if _is_null(history) or (isinstance(history, str) and not history):  # as an empty field of a CSV file is
+    if _is_empty(history):
         return
     for position, pair in enumerate(_as_list(history, "history", "pairs")):
         where = f"history[{position}]"
@@ -238,6 +255,11 @@ def _text(value: Mapping[str, Any], key: str, where: str = "") -> str:
 def _is_null(value: object) -> bool:
     """Whether a field has no value: None, or NaN, which pandas puts into an empty cell."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a field has no value or an empty text, as an empty field of a CSV file has."""
+    return _is_null(value) or (isinstance(value, str) and not value)
 
 
 def _check_text(name: str, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
-from miwv_fast.shapes import Pair, Record, parse_record, recognize
+from miwv_fast.shapes import SYSTEM_FIELDS, Pair, Record, parse_record, recognize, system_field
 from miwv_fast.templates import compile_pair
 
 _T = TypeVar("_T")
@@ -82,8 +82,8 @@ def _is_plain(row: Mapping[str, Any]) -> bool:
 def _fields(shape: Pair | str) -> tuple[str, ...]:
     """The fields that a record's text stands in."""
     if isinstance(shape, str):
-        return shape, "system"
-    return shape.instruction, *shape.inputs, shape.response, "history", "system"
+        return shape, *SYSTEM_FIELDS
+    return *shape.fields, "history", *SYSTEM_FIELDS
 
 
 def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     Raises ValueError where the records have several shapes, or several names for one role.
     """
     shape = _one([recognize(row) for row in rows], "shapes")
-    system = {"system": "system"} if any(row.get("system") for row in rows) else {}
+    systems = [name for name in map(system_field, rows) if name]
+    system = {"system": _one(systems, "fields of a system text")} if systems else {}
     if isinstance(shape, str):
         role, content = _KEYS[shape]
         said = [message[role] for row in rows for message in row[shape]]
