@@ -47,7 +47,7 @@ TEMPLATES = ("alpaca", "plain", "chat")
 KEYS = (
     *("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations"),
     *("system", "history", "context", "id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
-    *("question", "answer", "query", "problem", "solution", "system_prompt"),
+    *("question", "answer", "query", "problem", "solution", "conversation", "system_prompt"),
 )
 TEXTS = (
     *("", " ", "\n", "a", "\0", "\ud800", "\u2028", "\ufeff", "\ufdd00\ufdd1", "😀", "e\u0301", "x" * 300, "0"),

@@ -169,6 +169,15 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
         llama_factory_entry("s.jsonl", rows)
     with pytest.raises(ValueError, match="2 shapes"):
         llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+    openai = [{"conversation": row["messages"]} for row in make_rows("messages", 2)]
+    assert llama_factory_entry("s.jsonl", openai) == {
+        "file_name": "s.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversation"},
+        "tags": {**MESSAGES, "system_tag": "system"},
+    }
+    with pytest.raises(ValueError, match=r"2 names of role and text \(from and value, role and content\)"):
+        llama_factory_entry("s.jsonl", [*openai, {"conversation": rows[0]["conversations"]}])
 
 
 def test_conversations_that_llama_factory_would_leave_out():
@@ -188,6 +197,9 @@ def test_conversations_that_llama_factory_would_leave_out():
         assert first["source"] == "a" and [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
         tags = llama_factory_entry("s.jsonl", [first, second, last])["tags"]
         assert (tags["role_tag"], tags["user_tag"], tags["system_tag"]) == ("role", "user", "system")
+    assert llama_factory_records([{"conversations": ["Hi there", "Yes?"], "source": "a"}]) == [
+        {"source": "a", "messages": texts}
+    ]
     conversational = {"prompt": [{"role": "user", "content": "Hi"}], "completion": answered[1:], "source": "b"}
     pair, last = llama_factory_records([*make_rows("alpaca", 1), conversational])
     assert last == {"source": "b", "messages": [{"role": "user", "content": "Hi"}, answered[1]]}

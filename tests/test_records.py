@@ -45,6 +45,13 @@ def messages(*pairs, role="role", text="content"):
             )
         },
         {"conversations": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
+        {"conversations": messages(("user", "Add"), ("assistant", "3"))},
+        {"messages": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
+        {"messages": [{"role": "user", "content": "Add", "from": None}, {"role": "assistant", "content": "3"}]},
+        {"conversation": messages(("user", "Add"), ("assistant", "3")), "language": "English"},
+        {"conversation": "Human: Subtract", "instruction": "Add", "output": "3"},
+        {"conversations": ["Add", "3"], "source": "wiki"},
+        {"conversations": np.array(["Add", "3", "and then?"], object)},
         {"messages": None, "prompt": None, "instruction": "Add", "input": "", "output": "3"},
     ],
 )
@@ -114,6 +121,11 @@ def test_conversation():
     record = parse_record({"id": 12, "messages": messages(*said)})
     assert record.turns == (Turn("a", "", "b"), Turn("c", "", "d"))
     assert (record.id, record.system, record.embedded_text) == ("12", "Be kind.", "a\nc")
+
+
+def test_conversation_of_bare_texts():
+    record = parse_record({"conversations": ["a", "b", "c", "d"], "system": "Be kind."})
+    assert (record.turns, record.system) == ((Turn("a", "", "b"), Turn("c", "", "d")), "Be kind.")
 
 
 def test_prompt_and_completion_of_messages():

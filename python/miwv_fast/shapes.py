@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -65,9 +65,10 @@ def parse_record(value: object, index: int = 0) -> Record:
 
     Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), a pair such as `prompt` with
     `completion` or `response`, which may be lists of messages, or `question` with `answer` (PAIRS has all), OpenAI
-    `messages`, ShareGPT `conversations`; with any of them the text of `system` or `system_prompt`, unless the
-    conversation has its own, and with the first two the turns of `history` before it, a list of pairs, as LLaMA-Factory
-    has it. Raises MalformedRecord (a ValueError) that says what is wrong.
+    `messages`, ShareGPT `conversations` (or `conversation`), with either's names for role and text, or bare texts by
+    turns; with any of them the text of `system` or `system_prompt`, unless the conversation has its own, and with
+    the first two the turns of `history` before it, a list of pairs, as LLaMA-Factory has it. Raises MalformedRecord (a
+    ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -79,15 +80,16 @@ def parse_record(value: object, index: int = 0) -> Record:
     beside = _text(value, system_name) if system_name else ""
     if isinstance(shape, Pair) and shape.is_conversation(value):
         prompt, response = (_as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
-        system, turns = _read_conversation([*prompt, *response], str(shape), "role", "content")
+        system, turns = _read_conversation([*prompt, *response], str(shape))
     elif isinstance(shape, Pair):
         input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
         turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
         return Record(index, record_id, beside, (*_read_history(value.get("history")), turn))
-    elif shape == "messages":
-        system, turns = _read_conversation(value["messages"], "messages", "role", "content")
     else:
-        system, turns = _read_conversation(value["conversations"], "conversations", "from", "value")
+        messages = _as_list(value[shape], shape, "messages")
+        if shape == "conversations" and all(isinstance(message, str) for message in messages):  # LIMA
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+        system, turns = _read_conversation(messages, shape)
     return Record(index, record_id, system or beside, turns)
 
 
@@ -126,7 +128,7 @@ SYSTEM_FIELDS = ("system", "system_prompt")
 
 
 def recognize(value: Mapping[str, Any]) -> Pair | str:
-    """A record's shape: a pair, or the field of a conversation, `messages` or `conversations`.
+    """A record's shape: a pair, or the field of a conversation: `messages`, `conversations` or `conversation`.
 
     Fields without a value, NaN included, count where no shape has all of its own: a table of several shapes has nulls.
     Raises MalformedRecord if it has none of the four.
@@ -142,11 +144,13 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
         for pair in PAIRS:
             if pair.instruction in known and pair.response in known:
                 return pair
+        if "conversation" in known:  # LMSYS-Chat, WildChat
+            return "conversation"
     keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
     raise MalformedRecord(
         "its fields name no known shape; expected instruction and output or response, prompt and completion or "
-        "response, question and answer or response, query and response, problem and solution, messages, or "
-        f"conversations, found: {keys}"
+        "response, question and answer or response, query and response, problem and solution, messages, "
+        f"conversations, or conversation, found: {keys}"
     )
 
 
@@ -169,10 +173,22 @@ def _own_id(value: object) -> str | None:
     return text
 
 
-def _read_conversation(messages: object, name: str, role_key: str, text_key: str) -> tuple[str, tuple[Turn, ...]]:
+def message_keys(messages: Iterable[object]) -> tuple[str, str]:
+    """The names of a message's role and text, told by the first: ShareGPT's, `from` and `value`, or OpenAI's.
+
+    >>> message_keys([{"role": "user", "content": "Hi"}])
+    ('role', 'content')
+    """
+    first = next(iter(messages), None)
+    sharegpt = isinstance(first, Mapping) and "from" in first and first.get("role") is None
+    return ("from", "value") if sharegpt else ("role", "content")
+
+
+def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tuple[Turn, ...]]:
     """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
+    role_key, text_key = message_keys(messages)
     system, turns, user = "", [], None
-    for position, message in enumerate(_as_list(messages, name, "messages")):
+    for position, message in enumerate(messages):
         where = f"{name}[{position}]"
         if not isinstance(message, Mapping):
             raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
-from miwv_fast.shapes import SYSTEM_FIELDS, Pair, Record, parse_record, recognize, system_field
+from miwv_fast.shapes import SYSTEM_FIELDS, Pair, Record, message_keys, parse_record, recognize, system_field
 from miwv_fast.templates import compile_pair
 
 _T = TypeVar("_T")
 
 TRAINERS = ("llama-factory", "trl")
-_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 _SYSTEM = ("system", "developer")
 
 
@@ -58,8 +57,8 @@ def write_for_trainer(
 def llama_factory_records(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The records as they came, unless one is a conversation that LLaMA-Factory leaves out or stops at.
 
-    That is one whose last turn nobody answers, with a text in parts, or in TRL's form. Then all records become
-    `messages` of text, up to the last answer, with their other fields.
+    That is one whose last turn nobody answers, of bare texts or with one in parts, or in TRL's form. Then all records
+    become `messages` of text, up to the last answer, with their other fields.
     """
     if all(map(_is_plain, rows)):
         return rows
@@ -74,7 +73,9 @@ def _is_plain(row: Mapping[str, Any]) -> bool:
     shape = recognize(row)
     if isinstance(shape, Pair):
         return not shape.is_conversation(row)
-    role, content = _KEYS[shape]
+    if any(isinstance(message, str) for message in row[shape]):
+        return False
+    role, content = message_keys(row[shape])
     said = [message for message in row[shape] if message[role] not in _SYSTEM]
     return len(said) == 2 * len(parse_record(row).turns) and all(isinstance(m.get(content), str) for m in row[shape])
 
@@ -95,7 +96,8 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     systems = [name for name in map(system_field, rows) if name]
     system = {"system": _one(systems, "fields of a system text")} if systems else {}
     if isinstance(shape, str):
-        role, content = _KEYS[shape]
+        keys = _one([" and ".join(message_keys(row[shape])) for row in rows], "names of role and text")
+        role, content = keys.split(" and ")
         said = [message[role] for row in rows for message in row[shape]]
         tags = {"role_tag": role, "content_tag": content}
         for tag, names in (
