@@ -73,10 +73,10 @@ class Timer:
     """Medians of single calls between events, each after a flush of L2 and a pause in which the host gets ahead.
 
     The flush reads: after writing, L2 would be full of what the timed call has to write back. `pause` is in cycles,
-    more than the host takes to launch what is timed: 200,000 are a tenth of a millisecond.
+    more than the host takes to launch what is timed: 1,000,000 are half a millisecond.
     """
 
-    def __init__(self, device: torch.device, pause: int = 200_000) -> None:
+    def __init__(self, device: torch.device, pause: int = 1_000_000) -> None:
         self.device, self.pause = device, pause
 
     @cached_property
@@ -156,15 +156,20 @@ def measure(
     finally:
         ops.launch.cuda_split = -1
     if case.bytes not in bounds:
-        source = problem.full.view(-1)[: case.bytes // problem.full.element_size() // 2 * 2]
-        target = torch.empty_like(source)
-        reads = [timer(reader, 0.05) for reader in readers(source).values()]
-        bounds[case.bytes] = timer(lambda: target.copy_(source), 0.05), min(reads)
+        bounds[case.bytes] = measure_bounds(problem.full.view(-1)[: case.bytes // problem.full.element_size()], timer)
     case.copy_seconds, case.read_seconds = bounds[case.bytes]
     case.fraction_of_copy = min(1.0, case.copy_seconds / 2 / case.seconds)
     case.fraction_of_read = min(1.0, case.read_seconds / case.seconds)
     if with_peers and case.kernel != "difference":
         measure_peers(case, problem, timer)
+
+
+def measure_bounds(source: torch.Tensor, timer: Timer) -> tuple[float, float]:
+    """Seconds of a copy and of the fastest read of as many bytes."""
+    source = source[: len(source) // 2 * 2]
+    target = torch.empty_like(source)
+    reads = [timer(reader, 0.05) for reader in readers(source).values()]
+    return timer(lambda: target.copy_(source), 0.05), min(reads)
 
 
 def measure_peers(case: Case, problem: Problem, timer: Timer) -> None:
@@ -175,7 +180,19 @@ def measure_peers(case: Case, problem: Problem, timer: Timer) -> None:
             case.peers[name] = timer(call, 0.1)
         except Exception as error:  # whatever a peer raises for a shape, or because it is not there
             case.peers_left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if gpu_is_lost():
+                raise RuntimeError(f"{name} has left the GPU unusable: {case.peers_left_out[name]}") from error
         torch.cuda.empty_cache()
+
+
+def gpu_is_lost() -> bool:
+    """Whether a kernel went astray, after which no call of this process can succeed."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def check_logprobs(result: torch.Tensor, problem: Problem, tolerance: float) -> None:

@@ -35,6 +35,11 @@ class Problem:
         labels[self.rows] = self.targets[self.rows]
         return labels
 
+    def by_sequence(self) -> tuple[Tensor, Tensor | None]:
+        """Targets and which of them are chosen, None for all; int64 [B, L]."""
+        shape = self.logits.shape[:2]
+        return self.targets.view(shape), None if self.rows is None else (self.ignored != -100).view(shape).long()
+
 
 Peer = Callable[[], Tensor]
 
@@ -54,9 +59,7 @@ def peers(problem: Problem) -> dict[str, Callable[[], Peer]]:
     def liger() -> Peer:
         from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
-        batch, length = problem.logits.shape[:2]
-        ids = problem.targets.view(batch, length)
-        mask = None if rows is None else (problem.ignored != -100).view(batch, length).to(torch.int64)
+        ids, mask = problem.by_sequence()
         return lambda: _pick(fused_selective_log_softmax(problem.full, ids, 1.0, mask).flatten(), rows)
 
     def flash_attn() -> Peer:
@@ -74,7 +77,9 @@ def peers(problem: Problem) -> dict[str, Callable[[], Peer]]:
     def trl() -> Peer:
         from trl.trainer.utils import selective_log_softmax
 
-        return lambda: selective_log_softmax(_pick(problem.logits.reshape(-1, vocab), rows), targets)
+        ids, mask = problem.by_sequence()
+        masked = {} if mask is None else {"row_mask": mask}
+        return lambda: _pick(selective_log_softmax(problem.logits, ids, **masked).flatten(), rows)
 
     return {
         "torch_float32": torch_float32,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gpu_cases import Case
+from gpu_cases import Case, gpu_is_lost
 from gpu_head import HeadCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +109,9 @@ def each(
     for case in cases:
         if run.left() <= 0:
             case.left_out = "out of time"
+            continue
+        if gpu_is_lost():
+            case.left_out = "an earlier case has left the GPU unusable"
             continue
         try:
             torch.cuda.empty_cache()

@@ -89,6 +89,78 @@ def test_what_goes_wrong_with_a_case_is_noted_and_the_rest_goes_on(gpu: ModuleTy
     assert len(gpu.table(cases).splitlines()) == 2 + sum(case.seconds is not None for case in cases[:4])
 
 
+def test_nothing_is_laid_to_cases_behind_one_that_broke_the_gpu(
+    gpu: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[RuntimeError] = []
+
+    def synchronize() -> None:
+        if lost:
+            raise lost[0]
+
+    def stray() -> None:
+        lost.append(RuntimeError("CUDA error: an illegal memory access\nmore"))
+        raise lost[0]
+
+    import gpu_cases
+
+    problem = problem_on_cpu(gpu_cases, 1.0, "contiguous")
+    names = {"good": gpu_cases.peers(problem)["torch_float32"], "bad": lambda: stray, "late": None}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu_cases, "peers", lambda problem: names)
+    cases = list(gpu.grid((32000,), (4096, 16)))[:3]
+    timer = lambda call, budget: 1e-5  # noqa: E731
+    gpu.each(run, cases, lambda case: gpu_cases.measure_peers(case, problem, timer), str)
+    told = "RuntimeError: CUDA error: an illegal memory access"
+    assert cases[0].peers == {"good": 1e-5} and cases[0].peers_left_out == {"bad": told}
+    assert cases[0].error == f"RuntimeError: bad has left the GPU unusable: {told}"
+    assert [(case.error, case.left_out) for case in cases[1:]] == [
+        (None, "an earlier case has left the GPU unusable")
+    ] * 2
+
+
+def problem_on_cpu(gpu_cases: ModuleType, density: float, view: str) -> Any:
+    case = gpu_cases.Case("row", "float32", 100, 24, density, view)
+    return gpu_cases.problem_of(case, torch.randn(28 * 100, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("view", ["contiguous", "[:, :-1]"])
+def test_peers_are_called_as_they_ask_for(
+    gpu: ModuleType, density: float, view: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL and Liger take whole sequences and a mask, and return zeros where it has them."""
+    import gpu_cases
+
+    problem = problem_on_cpu(gpu_cases, density, view)
+    batch, length = problem.logits.shape[:2]
+
+    def masked(logits: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        assert index.shape == (batch, length) and (mask is None) == (density == 1)
+        logprobs = logits.log_softmax(-1).gather(-1, index[:, :, None])[:, :, 0]
+        return logprobs if mask is None else logprobs.masked_fill(mask == 0, 0.0)
+
+    def of_trl(logits: torch.Tensor, index: torch.Tensor, *, row_mask: torch.Tensor | None = None) -> torch.Tensor:
+        assert logits is problem.logits
+        return masked(logits, index, row_mask)
+
+    def of_liger(logits: torch.Tensor, ids: torch.Tensor, t: float, mask: torch.Tensor | None) -> torch.Tensor:
+        assert logits is problem.full and t == 1
+        return masked(logits[:, :-1], ids, mask)
+
+    for module, attribute, function in (
+        ("trl.trainer.utils", "selective_log_softmax", of_trl),
+        ("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax", of_liger),
+    ):
+        parts = module.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+        setattr(sys.modules[module], attribute, function)
+    for name in ("torch_float32", "liger", "trl"):
+        gpu_cases.check_logprobs(gpu_cases.peers(problem)[name]()(), problem, 1e-5)
+
+
 def test_cases_that_there_is_no_time_for(gpu: ModuleType, run: Any) -> None:
     run.arguments.minutes = 0
     gpu.each(run, cases := list(gpu.head_cases()), pytest.fail, str)

@@ -125,9 +125,12 @@ void reduce(const ReduceParams& p, int64_t num_responses, const Launch& launch) 
   start(&reduce_responses, dim3(static_cast<unsigned>(num_responses)), kReduceThreads, launch, p);
 }
 
-// torch has made the device current in its own copy of the CUDA runtime; this makes sure of ours.
+// torch has made the device current, as a rule. Setting it again would put the primary context in the place of a green
+// one, whose default stream is another.
 void use_device(const Launch& launch) {
-  check(cudaSetDevice(launch.device));
+  int current;
+  check(cudaGetDevice(&current));
+  if (current != launch.device) check(cudaSetDevice(launch.device));
 }
 
 }  // namespace

@@ -13,9 +13,10 @@ Common to all of them:
   predicts `targets[t]`; without `rows`, row t does.
 - `TypeError` or `ValueError` names the argument, its value, and what would have been right; on the CPU this includes a
   target outside `[0, V)`, a row that doesn't exist, and offsets that fall.
-- On CUDA, calls go to the current stream and return at once; they can be captured in a CUDA graph. So what is only in
-  the data cannot raise: a bad target or row makes its token and its response NaN, bad offsets their response.
-  `check=True` waits for the device and raises the same errors as on the CPU, where it changes nothing.
+- On CUDA, calls go to the current stream and return at once; they can be captured in a CUDA graph, after one call that
+  loads the kernel. So what is only in the data cannot raise: a bad target or row makes its token and its response NaN,
+  bad offsets their response. `check=True` waits for the device and raises the same errors as on the CPU, where it
+  changes nothing.
 - As in `torch.log_softmax`, a -inf logit is a legal zero probability, and NaN or +inf in a row, or nothing but -inf,
   makes its log-probability NaN. A response that has such a row, or no token at all, is NaN, and no other.
 - The result depends on the rows and V alone, to the bit: not on strides, alignment, threads, or the rest of the batch.
