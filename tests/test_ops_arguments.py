@@ -52,7 +52,7 @@ ODD_FLOATS = [
 ODD_INDICES = [
     TARGETS.float(), TARGETS.to(torch.int16), TARGETS > 0, TARGETS[None], torch.tensor(0), TARGETS[:3], TARGETS + 100,
     TARGETS - 100, TARGETS.to("meta"), torch.full((4,), 2**62), torch.full((4,), -(2**63)),
-    torch.cat([TARGETS, TARGETS]), TARGETS[:0], FakeTensorMode().from_tensor(TARGETS),
+    torch.cat([TARGETS, TARGETS]), TARGETS[:0], TARGETS.to_sparse(), FakeTensorMode().from_tensor(TARGETS),
 ]  # fmt: skip
 ODD_OPTIONS: dict[str, list[Any]] = {
     "softcap": ["text", True, 0, -1.0, math.nan, math.inf, [1.0], TARGETS, 10**400, 1e39, 1e-40],
@@ -71,7 +71,8 @@ def wrong(argument: str) -> list[Any]:
     if argument == "partials":
         return [*NO_TENSORS, *([value] for value in (*NO_TENSORS, *ODD_FLOATS)), PARTIALS[0], [], [PARTIALS[0][:, :2]]]
     if argument == "labels":
-        return [*NO_TENSORS, LOGITS, TARGETS, TARGETS[None] > 0, TARGETS[None].to("meta")]
+        odd = [LOGITS, TARGETS, TARGETS[None] > 0, TARGETS[None].to(torch.uint64), TARGETS[None].to("meta")]
+        return [*NO_TENSORS, *odd]
     optional = argument == "bias" or argument.endswith("rows")
     odd = ODD_INDICES if argument.endswith(("rows", "targets", "offsets")) else ODD_FLOATS
     return [*(value for value in NO_TENSORS if value is not None or not optional), *odd]
@@ -79,7 +80,8 @@ def wrong(argument: str) -> list[Any]:
 
 def is_elsewhere(value: Any) -> bool:
     """Whether these are targets in another slice of the vocabulary, which is no mistake."""
-    return type(value) is torch.Tensor and value.shape == (4,) and value.is_cpu and bool((value >= 10).all())
+    plain = type(value) is torch.Tensor and value.layout is torch.strided and value.is_cpu
+    return plain and value.shape == (4,) and bool((value >= 10).all())
 
 
 def cases() -> Iterator[Any]:

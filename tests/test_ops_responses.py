@@ -94,6 +94,24 @@ def test_empty_calls() -> None:
     assert all(part.numel() == 0 for part in ops.rows_from_labels(torch.zeros(2, 0, dtype=torch.int64))[:2])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index"),
+    [
+        (torch.uint8, 156, -100),
+        (torch.uint16, 65436, -100),
+        (torch.uint32, 2**32 - 100, -100),
+        (torch.int32, 0, 2**32),
+        (torch.int8, 0, 256),
+    ],
+)
+def test_labels_that_differ_from_ignore_index_by_a_power_of_two_are_kept(
+    dtype: torch.dtype, label: int, ignore_index: int
+) -> None:
+    rows, targets, offsets = ops.rows_from_labels(torch.tensor([[1, label, 3]], dtype=dtype), ignore_index)
+    assert (rows.tolist(), targets.tolist(), offsets.tolist()) == ([0, 1], [label, 3], [0, 2])
+    assert targets.dtype is torch.int64
+
+
 def test_narrow_and_strided_indices() -> None:
     logits = torch.randn(6, 40)
     targets, rows, offsets = torch.arange(12)[::2], torch.arange(6).flip(0), torch.tensor([0, 2, 6])

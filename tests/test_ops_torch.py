@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from miwv_fast import ops
 
@@ -16,6 +20,9 @@ BATCH = torch.randn(2, 4, 300)
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 299])
 ROWS = torch.tensor([5, 0, 0, 3, 2, 1])
 OFFSETS = torch.tensor([0, 2, 6])
+
+HIDDEN, HEAD, BIAS = torch.randn(6, 8), torch.randn(300, 8), torch.randn(300)
+PARTIALS = ops.response_nll_partials(HIDDEN, HEAD, TARGETS)
 
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (ops.token_logprobs, (LOGITS, TARGETS)),
@@ -47,6 +54,55 @@ def test_compile_fullgraph(function: Any, arguments: tuple[Any, ...], dynamic: b
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: function(*a) * 2, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert torch.equal(compiled(*arguments), function(*arguments) * 2)
+
+
+def loss_of_head(hidden: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> Any:
+    return ops.combine_partials([ops.response_nll_partials(hidden, HEAD, targets, rows)], offsets)
+
+
+DYNAMIC: list[tuple[Any, Callable[[int], tuple[Any, ...]]]] = [
+    (ops.token_logprobs, lambda n: (torch.randn(n, 9), indices(n + 3), indices(n + 3))),
+    (ops.response_nll, lambda n: (torch.randn(2, n, 9), indices(n + 3), ends(n + 3), indices(n + 3))),
+    (ops.response_nll_difference, lambda n: (torch.randn(n, 9), torch.randn(n, 9), indices(n), ends(n))),
+    (ops.linear_response_nll, lambda n: (torch.randn(2, n, 8), HEAD, indices(n + 3), ends(n + 3), indices(n + 3))),
+    (loss_of_head, lambda n: (torch.randn(n, 8), indices(n + 3), ends(n + 3), indices(n + 3))),
+]
+
+
+def indices(count: int) -> torch.Tensor:
+    return torch.arange(count) % 4
+
+
+def ends(count: int) -> torch.Tensor:
+    return torch.tensor([0, 2, count])
+
+
+@pytest.mark.parametrize(("function", "make"), DYNAMIC)
+def test_one_graph_serves_all_sizes(function: Any, make: Callable[[int], tuple[Any, ...]]) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 7, 9, 11, 13, 17, 19, 23, 29, 31):
+        arguments = make(rows)
+        assert torch.equal(compiled(*arguments), function(*arguments))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.export's own
+def test_export_with_dynamic_sizes() -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return ops.token_logprobs(logits, targets, rows)
+
+    sizes = ({0: torch.export.Dim.AUTO},) * 3
+    exported = torch.export.export(Loss(), (LOGITS, TARGETS[:4], ROWS[:4]), dynamic_shapes=sizes).module()
+    longer = torch.cat([LOGITS, LOGITS])
+    assert torch.equal(exported(longer, TARGETS, ROWS + 6), ops.token_logprobs(longer, TARGETS, ROWS + 6))
 
 
 @pytest.mark.slow
@@ -90,6 +146,136 @@ def test_gradients_are_refused_where_they_would_be_needed() -> None:
         torch.func.grad(lambda logits: ops.token_logprobs(logits, TARGETS).sum())(LOGITS)
     parameter = torch.nn.Parameter(LOGITS, requires_grad=False)
     assert torch.equal(ops.token_logprobs(parameter, TARGETS), ops.token_logprobs(LOGITS, TARGETS))
+
+
+INDICES = {"targets": TARGETS, "offsets": OFFSETS}
+NEEDY: list[tuple[Any, dict[str, Any], str]] = [
+    (ops.token_logprobs, {"logits": LOGITS, "targets": TARGETS}, "logits"),
+    (ops.response_nll, {"logits": LOGITS, **INDICES}, "logits"),
+    *(
+        (ops.response_nll_difference, {"one_shot_logits": LOGITS, "zero_shot_logits": LOGITS, **INDICES}, name)
+        for name in ("one_shot_logits", "zero_shot_logits")
+    ),
+    *(
+        (ops.linear_response_nll, {"hidden": HIDDEN, "weight": HEAD, "bias": BIAS, **INDICES}, name)
+        for name in ("hidden", "weight", "bias")
+    ),
+    *(
+        (
+            ops.linear_response_nll_difference,
+            {"one_shot_hidden": HIDDEN, "zero_shot_hidden": HIDDEN, "weight": HEAD, "bias": BIAS, **INDICES},
+            name,
+        )
+        for name in ("one_shot_hidden", "zero_shot_hidden", "weight", "bias")
+    ),
+    *(
+        (ops.response_nll_partials, {"hidden": HIDDEN, "weight": HEAD, "bias": BIAS, "targets": TARGETS}, name)
+        for name in ("hidden", "weight", "bias")
+    ),
+    (lambda part, offsets: ops.combine_partials([part], offsets), {"part": PARTIALS, "offsets": OFFSETS}, "part"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), NEEDY)
+def test_no_derivative_is_a_silent_zero(function: Any, arguments: dict[str, Any], name: str) -> None:
+    """Nor do torch's transforms give one that is only warned of."""
+
+    def call(value: torch.Tensor) -> torch.Tensor:
+        return function(**{**arguments, name: value})
+
+    def dual(value: torch.Tensor) -> Any:
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(value, torch.ones_like(value)))
+
+    value = arguments[name]
+    for attempt, told in (
+        (lambda: call(value.clone().requires_grad_()), "a gradient"),
+        (lambda: torch.func.grad(lambda v: call(v).sum())(value), "a gradient"),
+        (lambda: torch.func.jacrev(call)(value), "a gradient"),
+        (lambda: torch.func.jacfwd(call)(value), "a tangent"),
+        (lambda: dual(value), "a tangent"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\S* (requires?|has|have) {told}"):
+            attempt()
+    with torch.no_grad():
+        assert torch.equal(call(value.clone().requires_grad_()), call(value))
+
+
+def test_operators_themselves_refuse_gradients_in_transforms() -> None:
+    call = operator(ops.response_nll_difference)
+    with pytest.raises(ValueError, match="zero_shot_logits require a gradient"):
+        torch.func.grad(lambda zero: call(LOGITS, zero, TARGETS, OFFSETS).sum())(LOGITS)
+    with pytest.raises(ValueError, match="partials require a gradient"):
+        operator(ops.combine_partials)([PARTIALS, PARTIALS.clone().requires_grad_()], OFFSETS)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose data lie in another one: its own address is 0."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Wrapped, lambda value: value.inner, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), NEEDY)
+def test_tensors_without_memory_of_their_own(function: Any, arguments: dict[str, Any], name: str) -> None:
+    assert Wrapped(TARGETS).data_ptr() == 0
+    expected = function(**arguments)
+    for wrapped in (name, *(arguments.keys() & INDICES.keys())):
+        assert torch.equal(function(**{**arguments, wrapped: Wrapped(arguments[wrapped])}), expected)
+    rows = [
+        row for row in ("rows", "one_shot_rows", "zero_shot_rows") if row in getattr(function, "__annotations__", {})
+    ]
+    for row in rows:
+        given = function(**arguments, **{row: Wrapped(ROWS)})
+        assert torch.equal(given, function(**arguments, **{row: ROWS})) and not torch.equal(given, expected)
+
+
+def test_zero_tensors_and_negative_indices_are_read_as_what_they_stand_for() -> None:
+    zeros = torch._efficientzerotensor(6, dtype=torch.int64)
+    torch.testing.assert_close(ops.token_logprobs(LOGITS, zeros, zeros), LOGITS.log_softmax(-1)[0, 0].expand(6))
+    assert torch.equal(ops.token_logprobs(LOGITS, torch._neg_view(-TARGETS)), ops.token_logprobs(LOGITS, TARGETS))
+    with pytest.raises(ValueError, match="logits have stride 0"):
+        ops.token_logprobs(torch._efficientzerotensor(6, 300), TARGETS)
+
+
+def test_combine_partials_is_traced() -> None:
+    traced = make_fx(lambda h, w: ops.combine_partials([ops.response_nll_partials(h, w, TARGETS)], OFFSETS))(
+        HIDDEN, HEAD
+    )
+    assert torch.equal(traced(HIDDEN * 2, HEAD), ops.linear_response_nll(HIDDEN * 2, HEAD, TARGETS, OFFSETS))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ops.combine_partials([PARTIALS], OFFSETS).shape == (2,)
+    with pytest.raises(ValueError, match=r"partials\[1\] is on meta, partials\[0\] on cpu"):
+        ops.combine_partials([PARTIALS, PARTIALS.to("meta")], OFFSETS)
+    with pytest.raises(ValueError, match="offsets are on meta, they must be on cpu"):
+        ops.combine_partials([PARTIALS], OFFSETS.to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    logits = torch.nested.nested_tensor([LOGITS[:2], LOGITS[:3]], layout=layout)
+    with pytest.raises(TypeError, match=r"logits are a nested tensor.*to_padded_tensor"):
+        ops.token_logprobs(logits, TARGETS)
+    pieces = torch.nested.nested_tensor([TARGETS[:2], TARGETS[2:]], layout=layout)
+    with pytest.raises(TypeError, match=r"targets are a nested tensor.*torch\.cat"):
+        ops.token_logprobs(LOGITS, pieces)
+
+
+def test_integers_of_numpy() -> None:
+    expected = ops.response_nll_partials(HIDDEN, HEAD, TARGETS, workspace_bytes=4096, first=1)
+    given = ops.response_nll_partials(HIDDEN, HEAD, TARGETS, workspace_bytes=np.int64(4096), first=np.int32(1))
+    assert torch.allclose(given, expected, equal_nan=True)
 
 
 def test_gradients_are_refused_by_compiled_code() -> None:

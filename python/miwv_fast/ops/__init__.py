@@ -65,20 +65,20 @@ def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, 
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
         or labels.is_complex()
-        or labels.dtype == torch.bool
+        or labels.dtype in (torch.bool, torch.uint64)
     ):
         raise TypeError(f"labels must be an integer tensor, not {kind(labels)}")
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, T], not {tuple(labels.shape)}")
     if labels.is_meta:
         raise ValueError("labels are on meta, they must be on a device that holds their values")
-    check_integer("ignore_index", ignore_index)
-    following = labels[:, 1:]
+    ignore_index = check_integer("ignore_index", ignore_index)
+    following = labels[:, 1:].to(torch.int64)  # in which no label but ignore_index itself is equal to it
     scored = following != ignore_index
     batch, position = scored.nonzero(as_tuple=True)
     offsets = torch.zeros(labels.shape[0] + 1, dtype=torch.int64, device=labels.device)
     torch.cumsum(scored.sum(1), 0, out=offsets[1:])
-    return batch * labels.shape[1] + position, following[scored].to(torch.int64), offsets
+    return batch * labels.shape[1] + position, following[scored], offsets
 
 
 def build_info() -> dict[str, object]:

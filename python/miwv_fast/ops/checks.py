@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 # The numbers are DType in csrc/rows.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,20 +21,46 @@ Packed = tuple[int, int, int, int, int, int, int]
 ScaledPacked = tuple[int, int, int, int, int, int, int, float, float]
 
 
-def is_plain(name: str, values: Tensor) -> bool:
-    """Whether a call may go past torch's dispatcher: a real tensor that no tracer, mode or transform looks at."""
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call may go past torch's dispatcher: none but real tensors, that no tracer, mode or transform looks at.
+
+    Of any other, even one that only names rows, `data_ptr` may be 0.
+    """
     if torch.compiler.is_compiling():
         return False
-    plain = (
-        type(values) is Tensor
-        and not values.is_meta
-        and not torch._C._len_torch_dispatch_stack()
+    for values in tensors:
+        if values is not None and (type(values) is not Tensor or values.is_meta or values._is_zerotensor()):
+            return False
+    return (
+        not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
     )
-    if not plain:
-        check_floats(name, values)  # what is wrapped in a transform no longer shows that it requires a gradient
-    return plain
+
+
+def check_kinds(floats: dict[str, Tensor | None], integers: dict[str, Tensor | None]) -> None:
+    """What has to be said of arguments by name before torch's dispatcher, which speaks of schemas; None passes."""
+    for name, values in integers.items():
+        if values is not None:
+            check_indices(name, values)
+    if torch.compiler.is_compiling():
+        return
+    for name, values in floats.items():
+        if values is not None:
+            check_floats(name, values)
+    check_fakes([values for values in floats.values() if values is not None], integers)
+
+
+def check_fakes(floats: Sequence[Tensor], integers: dict[str, Tensor | None]) -> None:
+    """Raises where real tensors have fake indices, unless their mode takes both."""
+    for name, values in integers.items():
+        if (
+            isinstance(values, FakeTensor)
+            and not values.fake_mode.allow_non_fake_inputs
+            and all(type(beside) is Tensor for beside in floats)
+        ):
+            raise TypeError(f"{name} are a fake tensor, which has no data, beside a real one")
 
 
 def check_floats(name: str, values: Tensor) -> None:
@@ -41,23 +69,38 @@ def check_floats(name: str, values: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, not {kind(values)}")
     if values.dtype not in DTYPES:
         raise TypeError(f"{name} {_verb(name, 'are')} {values.dtype}, must be float32, bfloat16 or float16")
+    if values.is_nested:
+        raise TypeError(
+            f"{name} {_verb(name, 'are')} a nested tensor, it must have one shape; call {name}.to_padded_tensor(0)"
+        )
     if values.layout is not torch.strided:
         raise TypeError(
             f"{name} {_verb(name, 'have')} layout {values.layout}, it must be torch.strided; call {name}.to_dense()"
         )
-    if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} {_verb(name, 'require')} a gradient, which this forward-only function cannot give: call it under "
-            f"torch.no_grad(), or pass {name}.detach()"
-        )
+    check_gradient(name, values)
     if values.is_neg():
         raise ValueError(
             f"{name} {_verb(name, 'are')} a negative view, whose memory holds other values; call {name}.resolve_neg()"
         )
 
 
+def check_gradient(name: str, values: Tensor) -> None:
+    """Raises where a result without a gradient or tangent would be a silent zero."""
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} {_verb(name, 'require')} a gradient, which this forward-only function cannot give: call it under "
+            f"torch.no_grad(), or pass {name}.detach()"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None:
+        raise ValueError(
+            f"{name} {_verb(name, 'have')} a tangent, for which this function has no forward derivative: pass "
+            f"{name}.detach()"
+        )
+
+
 def _verb(name: str, plural: str) -> str:
-    return plural if name.endswith("logits") else {"are": "is", "have": "has", "require": "requires"}[plural]
+    several = name.endswith(("logits", "partials"))
+    return plural if several else {"are": "is", "have": "has", "require": "requires"}[plural]
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -103,32 +146,33 @@ def check_pair(one_shot: Tensor, zero_shot: Tensor, name: str, width: str) -> No
             raise ValueError(f"zero_shot_{name} have {what} {zero}, it must be {one}, that of one_shot_{name}")
 
 
-def check_index_kinds(**named: Tensor | None) -> None:
-    """`check_indices` of those that are given: before torch's dispatcher, which speaks of schemas."""
-    for name, values in named.items():
-        if values is not None:
-            check_indices(name, values)
-
-
 def check_indices(name: str, values: Tensor) -> None:
     """Raises unless `values` is a one-dimensional tensor of int64 or int32."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an int64 or int32 tensor, not {kind(values)}")
     if values.dtype is not torch.int64 and values.dtype is not torch.int32:
         raise TypeError(f"{name} are {values.dtype}, they must be int64 or int32")
+    if values.is_nested:
+        raise TypeError(f"{name} are a nested tensor, they must have one dimension; call torch.cat({name}.unbind())")
+    if values.layout is not torch.strided:
+        raise TypeError(f"{name} have layout {values.layout}, it must be torch.strided; call {name}.to_dense()")
     if values.ndim != 1:
         raise ValueError(f"{name} have shape {tuple(values.shape)}, they must have one dimension")
 
 
 def indices(name: str, values: Tensor, beside: Tensor) -> Tensor:
     """`values` as adjacent int64, on the device of the logits or hidden states `beside` them."""
-    if not isinstance(values, Tensor) or values.dtype is not torch.int64 or values.ndim != 1:
+    if (
+        type(values) is not Tensor
+        or values.dtype is not torch.int64
+        or values.ndim != 1
+        or values.layout is not torch.strided
+    ):
         check_indices(name, values)
         values = values.to(torch.int64)
-    if type(values) is not Tensor and type(beside) is Tensor and isinstance(values, FakeTensor):
-        raise TypeError(f"{name} are a fake tensor, which has no data, beside a real one")
     if not (values.is_cpu and beside.is_cpu) and values.device != beside.device:
         raise ValueError(f"{name} are on {values.device}, they must be on {beside.device}, where the logits are")
+    values = values.resolve_neg()
     return values if values.is_contiguous() else values.contiguous()
 
 
@@ -230,12 +274,17 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be True or False, not {kind(value)}")
 
 
-def check_integer(name: str, value: int, least: int = -(2**63)) -> None:
-    """Raises unless `value` is an int64 of `least` or more."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, not {kind(value)}")
+def check_integer(name: str, value: int, least: int = -(2**63)) -> int:
+    """`value` as an int, NumPy's integers included. Raises unless it is an int64 of `least` or more."""
+    if not isinstance(value, int):
+        if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, not {kind(value)}")
+        value = operator.index(value)
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not bool")
     if not least <= value < 2**63:
         raise ValueError(f"{name} is {value}, it must be {least} to 2^63 - 1")
+    return value
 
 
 def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
@@ -249,6 +298,9 @@ def check_partials(partials: Sequence[Tensor], offsets: Tensor) -> None:
         if part.ndim != 2 or part.shape[1] != 3 or part.shape != partials[0].shape:
             expected = f"[{partials[0].shape[0]}, 3]" if partials[0].ndim == 2 else "[T, 3]"
             raise ValueError(f"partials[{place}] has shape {tuple(part.shape)}, it must be {expected}")
+        if part.is_meta != partials[0].is_meta:
+            raise ValueError(f"partials[{place}] is on {part.device}, partials[0] on {partials[0].device}")
+        check_gradient(f"partials[{place}]", part)
     check_indices("offsets", offsets)
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miwv_fast.ops import linear, logits
-from miwv_fast.ops.checks import check_head, check_hidden, check_logits, check_pair, check_partials, indices, rows_of
+from miwv_fast.ops.checks import (
+    check_gradient,
+    check_head,
+    check_hidden,
+    check_logits,
+    check_pair,
+    check_partials,
+    indices,
+    rows_of,
+)
 
 _library = torch.library.Library("miwv_fast", "DEF")
 
@@ -19,7 +30,27 @@ def _register(schema: str, implementation: Callable[..., Tensor], fake: Callable
     _library.define(schema)
     for key in ("CPU", "CUDA", "Negative"):  # negative views are refused there, not copied behind the caller's back
         _library.impl(name, implementation, key)
+    _library.impl(name, _refuse_gradients(name), "Autograd")
     torch.library.register_fake(f"miwv_fast::{name}", fake, lib=_library)
+
+
+def _refuse_gradients(name: str) -> Callable[..., Tensor]:
+    """Without it torch would only warn, and give zeros, of arguments that show only here that they need a gradient."""
+    operator = getattr(torch.ops.miwv_fast, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def below_autograd(*arguments: Any, **options: Any) -> Tensor:
+        for argument, value in chain(zip(names, arguments, strict=False), options.items()):
+            if isinstance(value, Tensor):
+                check_gradient(argument, value)
+            elif type(value) is list:
+                for part in value:
+                    check_gradient(argument, part)
+        with torch._C._AutoDispatchBelowAutograd():
+            result: Tensor = operator(*arguments, **options)
+        return result
+
+    return below_autograd
 
 
 def _fake_token_logprobs(values: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
@@ -107,6 +138,7 @@ def _fake_partials(
 
 def _fake_combine(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
     check_partials(partials, offsets)
+    indices("offsets", offsets, partials[0])
     _check_some(offsets)
     return partials[0].new_empty((offsets.shape[0] - 1,), dtype=torch.float32)
 
@@ -122,7 +154,7 @@ def _check_beside(beside: Tensor, targets: Tensor, offsets: Tensor | None = None
     indices("targets", targets, beside)
     if offsets is not None:
         indices("offsets", offsets, beside)
-    num_rows = beside.shape[:-1].numel()
+    num_rows = math.prod(beside.shape[:-1])  # which, unlike numel(), keeps symbols
     for name, values in rows.items():
         sizes = (num_rows, targets.shape[0], 0 if values is None else values.shape[0])
         if all(type(size) is int for size in sizes):

@@ -15,11 +15,12 @@ from torch import Tensor
 from miwv_fast.ops import launch
 from miwv_fast.ops.checks import (
     check_factors,
+    check_fakes,
     check_flag,
     check_head,
     check_hidden,
-    check_index_kinds,
     check_integer,
+    check_kinds,
     check_pair,
     check_partials,
     check_range,
@@ -60,9 +61,10 @@ def linear_response_nll(
     of bfloat16 on a CPU with AMX are our own, and don't.
     """
     options = _options(softcap, scale, workspace_bytes, check)
-    if is_plain("hidden", hidden) and is_plain("weight", weight):
+    if is_plain(hidden, weight, targets, offsets, rows, bias):
         return linear_response_nll_impl(hidden, weight, targets, offsets, rows, bias=bias, **options)
-    check_index_kinds(targets=targets, offsets=offsets, rows=rows)
+    floats = {"hidden": hidden, "weight": weight, "bias": bias}
+    check_kinds(floats, {"targets": targets, "offsets": offsets, "rows": rows})
     operator = torch.ops.miwv_fast.linear_response_nll.default
     result: Tensor = operator(hidden, weight, targets, offsets, rows, bias=bias, **options)
     return result
@@ -89,10 +91,12 @@ def linear_response_nll_difference(
     """
     arguments = (one_shot_hidden, zero_shot_hidden, weight, targets, offsets, one_shot_rows, zero_shot_rows)
     options = _options(softcap, scale, workspace_bytes, check)
-    named = {"one_shot_hidden": one_shot_hidden, "zero_shot_hidden": zero_shot_hidden, "weight": weight}
-    if all([is_plain(name, values) for name, values in named.items()]):
+    if is_plain(*arguments, bias):
         return linear_response_nll_difference_impl(*arguments, bias=bias, **options)
-    check_index_kinds(targets=targets, offsets=offsets, one_shot_rows=one_shot_rows, zero_shot_rows=zero_shot_rows)
+    check_kinds(
+        {"one_shot_hidden": one_shot_hidden, "zero_shot_hidden": zero_shot_hidden, "weight": weight, "bias": bias},
+        {"targets": targets, "offsets": offsets, "one_shot_rows": one_shot_rows, "zero_shot_rows": zero_shot_rows},
+    )
     result: Tensor = torch.ops.miwv_fast.linear_response_nll_difference.default(*arguments, bias=bias, **options)
     return result
 
@@ -118,10 +122,10 @@ def response_nll_partials(
     slice of nothing but -inf. Otherwise as `linear_response_nll`; `combine_partials` gives the losses.
     """
     options = _options(softcap, scale, workspace_bytes, check)
-    check_integer("first", first, least=0)
-    if is_plain("hidden", hidden) and is_plain("weight", weight):
+    first = check_integer("first", first, least=0)
+    if is_plain(hidden, weight, targets, rows, bias):
         return response_nll_partials_impl(hidden, weight, targets, rows, first=first, bias=bias, **options)
-    check_index_kinds(targets=targets, rows=rows)
+    check_kinds({"hidden": hidden, "weight": weight, "bias": bias}, {"targets": targets, "rows": rows})
     operator = torch.ops.miwv_fast.response_nll_partials.default
     result: Tensor = operator(hidden, weight, targets, rows, first=first, bias=bias, **options)
     return result
@@ -135,15 +139,17 @@ def combine_partials(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
     target; on CUDA that response is NaN.
     """
     check_partials(partials, offsets)
-    if all([type(part) is Tensor and not part.is_meta for part in partials]) and not torch.compiler.is_compiling():
+    if is_plain(*partials, offsets):
         return combine_partials_impl(partials, offsets)
+    if not torch.compiler.is_compiling():
+        check_fakes(partials, {"offsets": offsets})
     result: Tensor = torch.ops.miwv_fast.combine_partials.default(list(partials), offsets)
     return result
 
 
 def _options(softcap: float | None, scale: float, workspace_bytes: int, check: bool) -> dict[str, Any]:
     check_factors(softcap, scale)
-    check_integer("workspace_bytes", workspace_bytes, least=1)
+    workspace_bytes = check_integer("workspace_bytes", workspace_bytes, least=1)
     check_flag("check", check)
     return {"softcap": softcap, "scale": scale, "workspace_bytes": workspace_bytes, "check": check}
 

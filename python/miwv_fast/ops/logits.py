@@ -7,7 +7,7 @@ from torch import Tensor
 
 from miwv_fast.ops.checks import (
     check_flag,
-    check_index_kinds,
+    check_kinds,
     check_pair,
     check_values,
     indices,
@@ -29,9 +29,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, 
     tensor([-0.0486, -3.0486])
     """
     check_flag("check", check)
-    if is_plain("logits", logits):
+    if is_plain(logits, targets, rows):
         return token_logprobs_impl(logits, targets, rows, check=check)
-    check_index_kinds(targets=targets, rows=rows)
+    check_kinds({"logits": logits}, {"targets": targets, "rows": rows})
     result: Tensor = torch.ops.miwv_fast.token_logprobs.default(logits, targets, rows, check=check)
     return result
 
@@ -49,9 +49,9 @@ def response_nll(
     tensor([1.3863, 1.3863])
     """
     check_flag("check", check)
-    if is_plain("logits", logits):
+    if is_plain(logits, targets, offsets, rows):
         return response_nll_impl(logits, targets, offsets, rows, check=check)
-    check_index_kinds(targets=targets, offsets=offsets, rows=rows)
+    check_kinds({"logits": logits}, {"targets": targets, "offsets": offsets, "rows": rows})
     result: Tensor = torch.ops.miwv_fast.response_nll.default(logits, targets, offsets, rows, check=check)
     return result
 
@@ -72,9 +72,12 @@ def response_nll_difference(
     """
     check_flag("check", check)
     arguments = (one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows)
-    if is_plain("one_shot_logits", one_shot_logits) and is_plain("zero_shot_logits", zero_shot_logits):
+    if is_plain(*arguments):
         return response_nll_difference_impl(*arguments, check=check)
-    check_index_kinds(targets=targets, offsets=offsets, one_shot_rows=one_shot_rows, zero_shot_rows=zero_shot_rows)
+    check_kinds(
+        {"one_shot_logits": one_shot_logits, "zero_shot_logits": zero_shot_logits},
+        {"targets": targets, "offsets": offsets, "one_shot_rows": one_shot_rows, "zero_shot_rows": zero_shot_rows},
+    )
     result: Tensor = torch.ops.miwv_fast.response_nll_difference.default(*arguments, check=check)
     return result
 
