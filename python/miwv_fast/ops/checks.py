@@ -172,7 +172,8 @@ def indices(name: str, values: Tensor, beside: Tensor) -> Tensor:
         values = values.to(torch.int64)
     if not (values.is_cpu and beside.is_cpu) and values.device != beside.device:
         raise ValueError(f"{name} are on {values.device}, they must be on {beside.device}, where the logits are")
-    values = values.resolve_neg()
+    if values.is_neg():
+        values = values.resolve_neg()
     return values if values.is_contiguous() else values.contiguous()
 
 
