@@ -2,8 +2,9 @@
 
 Every needed row of logits is read once and one float32 per token or response is written; logits are never copied or
 written to. The `linear_*` functions take hidden states and the output head instead, and never hold the logits. All are
-forward only, run on CPU tensors (and on CUDA tensors where the kernels were built), and are registered with
-`torch.library` as `torch.ops.miwv_fast.*`, so that `torch.compile` and fake tensors know them.
+forward only: what requires a gradient, or has a tangent, is refused, in `torch.func`'s transforms as well. They run on
+CPU tensors (and on CUDA tensors where the kernels were built), and are registered with `torch.library` as
+`torch.ops.miwv_fast.*`, so that `torch.compile`, `torch.export` and fake tensors know them, one graph for all sizes.
 
 Common to all of them:
 
