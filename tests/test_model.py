@@ -97,6 +97,10 @@ def test_devices_that_cannot_run_the_kernels(monkeypatch):
 def test_loaded_models_where_no_kernel_is(monkeypatch):
     own = byte_level()
     model = tiny_model("llama", len(own))
+    around = torch.nn.Sequential(model)
+    around.config = model.config
+    with pytest.raises(TypeError, match="the first is no model of transformers: Sequential"):
+        load_model((around, own))
     with pytest.raises(TypeError, match="the first is no model of transformers: Linear"):
         load_model((model.lm_head, own))
     with pytest.raises(ValueError, match="device 'meta': the kernels run on cpu and cuda"):
