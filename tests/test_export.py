@@ -176,7 +176,7 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
         "columns": {"messages": "conversation"},
         "tags": {**MESSAGES, "system_tag": "system"},
     }
-    with pytest.raises(ValueError, match=r"2 names of role and text \(from and value, role and content\)"):
+    with pytest.raises(ValueError, match=r"2 names of role and text \(\('from', 'value'\), \('role', 'content'\)\)"):
         llama_factory_entry("s.jsonl", [*openai, {"conversation": rows[0]["conversations"]}])
 
 

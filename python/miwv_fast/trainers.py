@@ -96,8 +96,7 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     systems = [name for name in map(system_field, rows) if name]
     system = {"system": _one(systems, "fields of a system text")} if systems else {}
     if isinstance(shape, str):
-        keys = _one([" and ".join(message_keys(row[shape])) for row in rows], "names of role and text")
-        role, content = keys.split(" and ")
+        role, content = _one([message_keys(row[shape]) for row in rows], "names of role and text")
         said = [message[role] for row in rows for message in row[shape]]
         tags = {"role_tag": role, "content_tag": content}
         for tag, names in (
