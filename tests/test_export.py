@@ -154,6 +154,15 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
             message["from"] = {"human": "user", "gpt": "assistant"}[message["from"]]
     entry = llama_factory_entry("s.jsonl", rows)
     assert entry["columns"] == {"messages": "conversations", "system": "system"}
+    assert (entry["tags"]["user_tag"], entry["tags"]["assistant_tag"]) == ("user", "assistant")
+    rows[0]["conversations"][0]["from"] = "human"
+    with pytest.raises(ValueError, match="2 names for user_tag"):
+        llama_factory_entry("s.jsonl", rows)
+    with pytest.raises(ValueError, match="2 shapes"):
+        llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+
+
+def test_the_field_of_a_system_text_is_looked_for_in_the_records():
     orca = [{"system_prompt": text, "question": "a", "response": "b"} for text in ("", "Be brief.")]
     assert llama_factory_entry("s.jsonl", orca)["columns"] == {
         "prompt": "question",
@@ -163,12 +172,9 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
     assert "system" not in llama_factory_entry("s.jsonl", orca[:1])["columns"]
     with pytest.raises(ValueError, match=r"2 fields of a system text \(system, system_prompt\)"):
         llama_factory_entry("s.jsonl", [*orca, {**orca[1], "system": "Be kind."}])
-    assert (entry["tags"]["user_tag"], entry["tags"]["assistant_tag"]) == ("user", "assistant")
-    rows[0]["conversations"][0]["from"] = "human"
-    with pytest.raises(ValueError, match="2 names for user_tag"):
-        llama_factory_entry("s.jsonl", rows)
-    with pytest.raises(ValueError, match="2 shapes"):
-        llama_factory_entry("s.jsonl", [*rows, *make_rows("alpaca", 1)])
+
+
+def test_names_of_role_and_text_are_looked_for_in_the_records():
     openai = [{"conversation": row["messages"]} for row in make_rows("messages", 2)]
     assert llama_factory_entry("s.jsonl", openai) == {
         "file_name": "s.jsonl",
@@ -177,7 +183,7 @@ def test_roles_and_system_texts_are_looked_for_in_the_records():
         "tags": {**MESSAGES, "system_tag": "system"},
     }
     with pytest.raises(ValueError, match=r"2 names of role and text \(\('from', 'value'\), \('role', 'content'\)\)"):
-        llama_factory_entry("s.jsonl", [*openai, {"conversation": rows[0]["conversations"]}])
+        llama_factory_entry("s.jsonl", [*openai, {"conversation": make_rows("sharegpt", 1)[0]["conversations"]}])
 
 
 def test_conversations_that_llama_factory_would_leave_out():

@@ -211,7 +211,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
     max_leaves=8,
 )
-keys = st.sampled_from(["messages", "conversations", "id", *SYSTEM_FIELDS, *(f for pair in PAIRS for f in pair.fields)])
+CONVERSATIONS = ("messages", "conversations", "conversation")
+keys = st.sampled_from(["id", *CONVERSATIONS, *SYSTEM_FIELDS, *(field for pair in PAIRS for field in pair.fields)])
 
 
 @given(st.dictionaries(keys, json_values))
