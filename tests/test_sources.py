@@ -98,17 +98,39 @@ def test_a_data_set_by_its_name(monkeypatch, caplog):
         open_source("someone/data")
 
 
-def test_tables_of_pandas():
-    """A table gives its columns, not its rows."""
+def test_tables():
+    """Anything that gives an Arrow table, row by row; what pandas numbers rows with is no field of theirs."""
+    table = pa.Table.from_pylist(ROWS)
+
+    class Frame:
+        __arrow_c_stream__ = table.__arrow_c_stream__
+
+    assert values(table) == values(table.to_reader()) == values(Frame()) == ROWS
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(ROWS)
-    with pytest.raises(TypeError, match=r"to_dict.'records'.*from_pandas"):
-        open_source(frame)
-    assert values(frame.to_dict("records")) == ROWS
+    assert values(frame) == values(frame[::-1])[::-1] == ROWS
+    frame.loc[1, "input"] = None
+    assert values(frame) == [ROWS[0], {**ROWS[1], "input": None}]
+    turns = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    assert values(pandas.DataFrame(turns * 2)) == turns * 2
+
+
+def test_long_tables():
+    rows = [{"instruction": f"{number}", "output": "a"} for number in range(3000)]
+    source = open_source(pa.Table.from_pylist(rows))
+    assert [(row.location, row.value) for row in source.rows()] == [(f"record {n}", row) for n, row in enumerate(rows)]
+
+
+def test_tables_that_cannot_be_read():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match=r"the DataFrame cannot be read as an Arrow table: .*list of dicts"):
+        open_source(pandas.DataFrame({"instruction": ["a", {"b": 1}]}))
+    with pytest.raises(ValueError, match="the Table has two columns 'a'"):
+        open_source(pa.table([pa.array([1]), pa.array([2])], ["a", "a"]))
 
 
 def test_rows_can_be_read_again(tmp_path):
-    for data in (write(tmp_path, "rows.jsonl"), iter(ROWS)):
+    for data in (write(tmp_path, "rows.jsonl"), iter(ROWS), pa.Table.from_pylist(ROWS)):
         source = open_source(data)
         assert list(source.rows()) == list(source.rows())
         assert source.describe() == source.describe()

@@ -185,15 +185,18 @@ def _read_parquet(path: Path, compression: str) -> Iterator[Row]:
         groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
         widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         for batch in file.iter_batches(batch_size=max(1, min(1024, MAX_RECORD_BYTES // max(1, widest)))):
-            for part in _parts(batch):
-                if _unpacked_bytes(part) > MAX_RECORD_BYTES:
-                    reason = f"the record expands to more than {MAX_RECORD_BYTES} bytes"
-                    rows: Iterator[tuple[Any, str | None]] = iter([("", reason)])
-                else:
-                    rows = _read_batch(part)
-                for value, error in rows:
-                    yield Row(f"{path} row {number}", value, error)
-                    number += 1
+            for value, error in read_batch(batch):
+                yield Row(f"{path} row {number}", value, error)
+                number += 1
+
+
+def read_batch(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
+    """The rows of a batch as dicts, each with why it has no value, or None."""
+    for part in _parts(batch):
+        if _unpacked_bytes(part) > MAX_RECORD_BYTES:
+            yield "", f"the record expands to more than {MAX_RECORD_BYTES} bytes"
+        else:
+            yield from _read_part(part)
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -235,7 +238,7 @@ def _unpacked_bytes(array: pa.Array | pa.RecordBatch) -> int:
     return int(array.nbytes)
 
 
-def _read_batch(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
+def _read_part(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
     try:
         rows = batch.to_pylist()
     except Exception:  # what a value of an odd type raises, from zoneinfo to decimal, is nowhere listed

@@ -73,10 +73,11 @@ def score(
 
     Args:
         data: Path(s) of JSON, JSONL, CSV or Parquet (also .gz, .xz, .zst), a Hugging Face data set or its name (of
-            several splits `train` is read), or an iterable of dicts. Records are Alpaca (`instruction`, `input`,
-            `output`, or Dolly's `context` and `response`), pairs (`prompt` with `completion` or `response`, `question`
-            with `answer` or `response`, `query` with `response`, `problem` with `solution`), OpenAI `messages`, or
-            ShareGPT `conversations`; with any of them the text of `system` or `system_prompt` counts.
+            several splits `train` is read), a table of pandas, Arrow or polars, or an iterable of dicts. Records are
+            Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), pairs (`prompt` with
+            `completion` or `response`, `question` with `answer` or `response`, `query` with `response`, `problem` with
+            `solution`), OpenAI `messages`, or ShareGPT `conversations`; with any of them the text of `system` or
+            `system_prompt` counts.
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so. Its tokenizer may be a name.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from miwv_fast.formats import Row, read_file
+from miwv_fast.formats import Row, read_batch, read_file
 from miwv_fast.unpack import FORMATS, split_suffixes
 
 _DAMAGE = (EOFError, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError, pa.ArrowException)
 # What an iterable without a length may give: it is held in memory, and may have no end.
 MAX_ITERABLE_RECORDS = 5_000_000
+_BATCH_ROWS = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ class Source(Protocol):
 
 
 def open_source(data: object) -> Source:
-    """Recognises `data`: path(s), a Hugging Face data set or its name, a source, or an iterable of dicts.
+    """Recognises `data`: path(s), a Hugging Face data set or its name, a table, a source, or an iterable of dicts.
 
     Of a data set with splits `train` is read, or its only one. Raises FileNotFoundError for a missing file, ValueError
     for an unknown format or where a split has to be chosen, TypeError for anything else.
     """
-    if isinstance(data, FileSource | ObjectSource):
+    if isinstance(data, FileSource | ObjectSource | TableSource):
         return data
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
@@ -57,18 +58,29 @@ def open_source(data: object) -> Source:
     if type(data).__module__.partition(".")[0] == "datasets":
         rows = _single_split(data, "the data set", "data[{!r}]")
         return ObjectSource(rows, "the data set", {"fingerprint": getattr(data, "_fingerprint", None)})
-    if type(data).__name__ == "DataFrame":
-        raise TypeError(
-            "data is a DataFrame, which gives its columns where rows are wanted: give df.to_dict('records') or "
-            "datasets.Dataset.from_pandas(df)"
-        )
+    if hasattr(data, "__arrow_c_stream__") or type(data).__name__ == "DataFrame":
+        return TableSource(_as_table(data))
     if isinstance(data, Iterable) and not isinstance(data, dict | bytes):
         rows = data if isinstance(data, Sequence) else _collect(data)
         return ObjectSource(rows, "the data")
     raise TypeError(
-        "data should be a path, a list of paths, a Hugging Face data set or its name, or an iterable of dicts; "
-        f"it is {type(data).__name__}"
+        "data should be a path, a list of paths, a Hugging Face data set or its name, a table, or an iterable of "
+        f"dicts; it is {type(data).__name__}"
     )
+
+
+def _as_table(data: Any) -> pa.Table:
+    try:
+        table = pa.table(data)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the {type(data).__name__} cannot be read as an Arrow table: {error}; give its rows as a list of dicts"
+        ) from error
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the {type(data).__name__} has two columns {twice[0]!r}")
+    # Row numbers that pandas keeps where rows were chosen from a larger frame; a named index is a column like others.
+    return table.drop_columns([name for name in table.column_names if name.startswith("__index_level_")])
 
 
 def _collect(data: Iterable[Any]) -> list[Any]:
@@ -97,12 +109,26 @@ class ObjectSource:
 
     def describe(self) -> dict[str, Any]:
         """The data set's name or fingerprint, or the SHA-256 of the rows written as JSON."""
-        if self._identity is not None:
-            return self._identity
-        digest = hashlib.sha256()
-        for row in self.rows():
-            digest.update(row.text().encode() + b"\n")
-        return {"sha256": digest.hexdigest()}
+        return _sha256_of_rows(self.rows()) if self._identity is None else self._identity
+
+
+class TableSource:
+    """Rows of an Arrow table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self.name = "the table"
+        self.own = False
+
+    def rows(self) -> Iterator[Row]:
+        """Every row as a dict; its location is its number, counted from 0."""
+        batches = self._table.to_batches(max_chunksize=_BATCH_ROWS)
+        for number, (value, error) in enumerate(itertools.chain.from_iterable(map(read_batch, batches))):
+            yield Row(f"record {number}", value, error)
+
+    def describe(self) -> dict[str, Any]:
+        """The SHA-256 of the rows written as JSON."""
+        return _sha256_of_rows(self.rows())
 
 
 class FileSource:
@@ -136,6 +162,13 @@ class FileSource:
     def describe(self) -> dict[str, Any]:
         """The files' absolute paths and SHA-256."""
         return {"files": [{"path": str(path.resolve()), "sha256": _sha256(path)} for path in self.paths]}
+
+
+def _sha256_of_rows(rows: Iterator[Row]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.text().encode() + b"\n")
+    return {"sha256": digest.hexdigest()}
 
 
 def _sha256(path: Path) -> str:
