@@ -7,7 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
+import fsspec.implementations.memory
 import numpy as np
 import pytest
 
@@ -140,23 +140,68 @@ def test_one_lock_for_one_process(folder):
     Lock(folder).release()
 
 
-@pytest.mark.parametrize("host", ["here", "elsewhere"])
-def test_the_lock_that_a_dead_process_left_in_a_store(host, caplog):
-    """It is known to be dead on this host only; otherwise the message says what to delete."""
+@pytest.fixture
+def stale():
+    """A store with a lock of a process that is gone: a function that writes one, with what is otherwise about it."""
     folder = Location("memory://stale")
-    gone = {"pid": 2**22 + 1, "host": lock.socket.gethostname() if host == "here" else "node7", "since": 0}
-    (folder / "lock").write_bytes(json.dumps(gone).encode())
-    try:
-        if host == "here":
-            held = Lock(folder)
-            assert f"taking over memory:///stale from process {2**22 + 1}" in caplog.text
-            held.release()
-            assert not (folder / "lock").exists()
-        else:
-            with pytest.raises(ValueError, match=r"on node7; if that is gone, delete memory:///stale/lock"):
-                Lock(folder)
-    finally:
-        (folder / "lock").remove()
+
+    def leave(**other):
+        held = {**json.loads(lock._own()), "pid": 2**22 + 1, **other}
+        (folder / "lock").write_bytes(json.dumps(held).encode())
+        return folder
+
+    yield leave
+    for name in folder.names():
+        (folder / name).remove()
+
+
+def test_the_lock_that_a_dead_process_left_in_a_store(stale, caplog):
+    folder = stale()
+    held = Lock(folder)
+    assert f"taking over memory:///stale from process {2**22 + 1}" in caplog.text
+    held.release()
+    assert folder.names() == []
+
+
+@pytest.mark.parametrize("other", [{"host": "node7"}, {"processes": "another container's"}])
+def test_the_lock_of_a_process_that_cannot_be_looked_for(stale, other):
+    """A number means a process only among those of this host, its container and its start."""
+    with pytest.raises(ValueError, match=r"is being written by .*; if that is gone, delete memory:///stale/lock"):
+        Lock(stale(**other))
+
+
+def test_two_that_take_over_one_lock(stale, monkeypatch):
+    """While one has found the lock of a dead process, another takes it over: it is not taken from that one."""
+    folder = stale()
+    is_gone, others = lock._is_gone, []
+
+    def overtaken(held):
+        gone = is_gone(held)
+        monkeypatch.setattr(lock, "_is_gone", is_gone)
+        others.append(Lock(folder))
+        lock._here.clear()  # as if in another process
+        monkeypatch.setattr(lock, "_is_gone", lambda held: False)
+        return gone
+
+    monkeypatch.setattr(lock, "_is_gone", overtaken)
+    with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):
+        Lock(folder)
+    assert (folder / "lock").read_bytes().decode() == others[0]._content
+
+
+def test_one_at_a_time_takes_over(stale):
+    folder = stale()
+    (folder / "lock.taken").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"if nobody is starting there now, delete memory:///stale/lock\.taken"):
+        Lock(folder)
+
+
+def test_only_its_own_lock_is_given_back(stale):
+    folder = Location("memory://stale")
+    held = Lock(folder)
+    stale()  # somebody deleted the lock by hand, and another has it now
+    held.release()
+    assert folder.names() == ["lock"]
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):

@@ -28,8 +28,10 @@ import torch
 import miwv_fast
 from miwv_fast import embedding, formats, job, neighbors
 from miwv_fast.errors import Interrupted
+from miwv_fast.files import Location
+from miwv_fast.lock import Lock
 from miwv_fast.runner import Runner
-from miwv_fast.store import run_status
+from miwv_fast.store import Run, run_status
 from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
 
@@ -490,6 +492,43 @@ def test_fresh_moves_the_old_run_aside(folder):
     score(folder, "fresh", resume=False)
     assert outcome(folder, "fresh") == outcome(folder, "undisturbed")
     assert outcome(folder, "fresh.old-1") == old
+
+
+@pytest.mark.parametrize("place", ["{}", "memory://{}"])
+def test_nobody_starts_in_a_run_that_is_being_moved_aside(tmp_path, monkeypatch, place):
+    run = place.format(tmp_path / "run")
+    with Run(run, {"model": "old"}) as first:
+        (first.folder / "parts" / "x").write_bytes(b"")
+    moved, move = [], Location.move
+
+    def slow(self, target):
+        moved.append(self.name)
+        with pytest.raises(ValueError, match="is being written by"):
+            Run(run, {"model": "old"})
+        move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "move", slow)
+        Run(run, {"model": "new"}, resume=False).close()
+    assert moved == ["parts", "manifest.json"]
+    old = Location(f"{run}.old-1")
+    assert (old / "manifest.json").read_json() == {"model": "old"} and (old / "parts").names() == ["x"]
+    assert (Location(run) / "manifest.json").read_json() == {"model": "new"}
+
+
+def test_a_lock_that_cannot_be_given_back(tmp_path, monkeypatch, caplog):
+    """What went wrong before is told, not that."""
+
+    release = Lock.release
+
+    def fail(self):
+        release(self)
+        raise OSError("slow down")
+
+    monkeypatch.setattr(Lock, "release", fail)
+    with pytest.raises(ValueError, match="the reason"), Run(tmp_path / "run", {}):
+        raise ValueError("the reason")
+    assert "cannot be given back: slow down" in caplog.text
 
 
 def test_two_processes_never_write_one_run(folder):

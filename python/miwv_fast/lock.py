@@ -8,6 +8,9 @@ import logging
 import os
 import socket
 import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from miwv_fast.files import Location
@@ -21,12 +24,14 @@ class Lock:
 
     On a file system it is the system's own lock, which ends with the process, on whatever host it ran. Elsewhere it is
     an object that is created only where none is: one that a dead process of this host left is taken over, one of
-    another host must be deleted by hand. Raises ValueError if somebody else holds it, naming them.
+    another host, of another container or from before a restart must be deleted by hand. Raises ValueError if somebody
+    else holds it, naming them.
     """
 
     def __init__(self, folder: Location) -> None:
         self._place = folder / "lock"
         self._stream: Any = None
+        self._content = _own()
         if folder.local is None or not self._lock_file():
             self._create_object()
 
@@ -38,7 +43,7 @@ class Lock:
             self._stream = None
         elif str(self._place) in _here:
             _here.discard(str(self._place))
-            self._place.remove()
+            self._remove_object(self._content)
 
     def _lock_file(self) -> bool:
         """False where the file system has no locks."""
@@ -60,22 +65,39 @@ class Lock:
         if holder:
             _log.warning("taking over %s from %s, which is gone", self._place.parent, holder)
         stream.truncate(0)
-        stream.write(_own())
+        stream.write(self._content)
         stream.flush()
         self._stream = stream
         return True
 
     def _create_object(self) -> None:
-        while not self._place.create(_own().encode()):
+        while not self._place.create(self._content.encode()):
             try:
-                held = json.loads(self._place.read_bytes())
+                content = self._place.read_bytes().decode()
+                held = json.loads(content)
             except (FileNotFoundError, ValueError):
                 held = None
             if str(self._place) in _here or not _is_gone(held):
                 raise _held(self._place.parent, _name(held), f"; if that is gone, delete {self._place}")
             _log.warning("taking over %s from %s, which is gone", self._place.parent, _name(held))
-            self._place.remove()
+            self._take_over(content)
         _here.add(str(self._place))
+
+    def _take_over(self, content: str) -> None:
+        """Removes a dead process's lock; of several that find it only one does, and none removes another's new lock."""
+        claim = self._place.parent / "lock.taken"
+        if not claim.create(self._content.encode()):
+            raise _held(self._place.parent, "", f"; if nobody is starting there now, delete {claim}")
+        try:
+            self._remove_object(content)
+        finally:
+            claim.remove()
+
+    def _remove_object(self, content: str) -> None:
+        """Removes the lock if it is the one with this content."""
+        with suppress(FileNotFoundError):
+            if self._place.read_bytes() == content.encode():
+                self._place.remove()
 
 
 def read_holder(folder: Location) -> str | None:
@@ -100,7 +122,17 @@ def read_holder(folder: Location) -> str | None:
 
 
 def _own() -> str:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())})
+    """A lock's content, no two of which are the same."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "processes": _processes(), "since": int(time.time())}
+    return json.dumps({**holder, "token": uuid.uuid4().hex})
+
+
+def _processes() -> str:
+    """Among which processes a number means one: those of this start of the machine and, in a container, of that."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _read(stream: Any) -> Any:
@@ -119,12 +151,12 @@ def _name(held: Any) -> str:
 
 
 def _is_gone(held: Any) -> bool:
-    """Whether the holder is known to be dead: of this host, and no process has its number but this one."""
+    """Whether the holder is known to be dead: its number is one of ours, and no process has it but this one."""
     try:
-        pid, host = int(held["pid"]), held["host"]
+        pid, place = int(held["pid"]), (held["host"], held["processes"])
     except (KeyError, TypeError, ValueError):
         return False
-    if host != socket.gethostname():
+    if place != (socket.gethostname(), _processes()):
         return False
     if pid == os.getpid():
         return True

@@ -1,7 +1,7 @@
 """A run on disk or in an object store: what is done is kept there, and the same call goes on.
 
 RUN/manifest.json      everything that can change a score; a run is continued only by the same manifest
-RUN/lock               held by the process that writes
+RUN/lock               held by the process that writes; lock.taken where a dead one's is being taken over
 RUN/embeddings/        embeddings of one call of the embedder each, until all are there
 RUN/embeddings.npy, neighbors.parquet
 RUN/plan.json          how many units and tokens there are
@@ -45,6 +45,8 @@ from miwv_fast.sources import Source
 
 _TEMPORARY = re.compile(r"\.[\w.-]+\.(json|jsonl|npy|parquet)\.[0-9]+")
 
+_LOCKS = {"lock", "lock.taken"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -62,13 +64,12 @@ class Run:
         self.folder = Location(folder)
         self.manifest = json.loads(json.dumps(dict(manifest)))
         there = check_output(folder)
-        if not resume and there:
-            Lock(self.folder).release()  # nobody may be writing what is moved away
-            _move_aside(self.folder)
         self.folder.make_folder()
         self._calls: dict[int, Location] | None = None
         self._lock = Lock(self.folder)
         try:
+            if not resume and there - _LOCKS:
+                _move_aside(self.folder)
             self._open()
         except BaseException:
             self.close()
@@ -83,8 +84,11 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Gives the lock back."""
-        self._lock.release()
+        """Gives the lock back; where that fails, what the run has done or failed in is told all the same."""
+        try:
+            self._lock.release()
+        except OSError as error:
+            _log.warning("the lock of %s cannot be given back: %s", self.folder, error)
 
     def _open(self) -> None:
         for folder in (self.folder, self.folder / "parts", self.folder / "embeddings"):
@@ -148,6 +152,7 @@ class Run:
         if hashlib.sha256(content).hexdigest() != self.manifest["neighbor_table"]:
             self._set_aside(path, "its content does not match its checksum")
             return None
+        (self.folder / "embeddings").remove_folder()  # left where the process died behind `save_neighbors`
         try:
             return neighbors_from_bytes(content, records, k, self.manifest.get("neighbor_recall"))
         except ValueError as error:
@@ -236,7 +241,7 @@ def check_output(output: str | os.PathLike[str] | Location) -> set[str]:
         if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(f"output {folder}: {there} cannot be written to; give another folder")
     names = {name for name in folder.names() if not _TEMPORARY.fullmatch(name)}
-    if names - {"lock"} and "manifest.json" not in names:
+    if names - _LOCKS and "manifest.json" not in names:
         raise ValueError(f"output {folder} holds other files than a run; give another folder")
     return names
 
@@ -293,7 +298,10 @@ def _move_aside(folder: Location) -> None:
     number = 1
     while (aside := folder.parent / f"{folder.name}.old-{number}").exists():
         number += 1
-    folder.move(aside)
+    aside.make_folder()
+    # The lock stays, and is held meanwhile; without a manifest what is left would be no run.
+    for name in sorted(set(folder.names()) - _LOCKS, key=lambda name: (name == "manifest.json", name)):
+        (folder / name).move(aside / name)
     _log.warning("moved the old run to %s", aside)
 
 
