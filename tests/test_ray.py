@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 import miwv_fast
-from miwv_fast import job, ray_cluster, ray_engine, scorer
+from miwv_fast import job, ray_cluster, ray_engine, ray_stage, scorer
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.errors import Interrupted
 from miwv_fast.forest import Unit
@@ -195,6 +197,73 @@ def test_an_error_of_rays_is_told(cluster):
         there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
         with pytest.raises(OSError, match=r"Ray has given up: .*No module named 'vanished'"):
             list(run_stage(there, vanished.Task(), iter([pa.table({"a": [1]})]), 1))
+
+
+class Odd:
+    """A task that does `strike` where it works, or where it starts."""
+
+    def __init__(self, strike: Any, at_start: bool = False) -> None:
+        self.strike, self.at_start = strike, at_start
+
+    def start(self) -> Any:
+        if self.at_start:
+            self.strike()
+        return lambda table: table if self.at_start else self.strike() or table
+
+
+def fail() -> None:
+    raise RuntimeError("out of the ordinary")
+
+
+def run_odd(task: Odd) -> list[Any]:
+    there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
+    return list(run_stage(there, task, iter([pa.table({"a": [1]})] * 3), 3))
+
+
+@pytest.fixture
+def by_value(monkeypatch):
+    """What stands in this file reaches workers, which cannot import it."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_what_no_task_should_raise_is_told(cluster, by_value, at_start):
+    with pytest.raises(OSError, match=r"^worker on .*, process \d+: RuntimeError: out of the ordinary$"):
+        run_odd(Odd(fail, at_start))
+
+
+def test_work_that_kills_its_workers(cluster, by_value, monkeypatch):
+    """It is not sent again for ever."""
+    monkeypatch.setattr(ray_stage, "_DEATHS", 1)
+    with pytest.raises(OSError, match="1 workers died over this piece of work, perhaps for want of memory"):
+        run_odd(Odd(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_answers_that_never_come(cluster, by_value, monkeypatch):
+    """Ray may be told to go on without what failed, and its processes may not see a folder of this one."""
+    monkeypatch.setattr(ray_stage, "_write", lambda folder, place, table: shutil.rmtree(folder, ignore_errors=True))
+    with pytest.raises(OSError, match=r"Ray has ended behind 0 of 3 pieces of work; .*temporary folder"):
+        run_odd(Odd(lambda: None))
+
+
+def test_a_cluster_without_room(cluster, monkeypatch, caplog):
+    there = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
+    monkeypatch.setattr(ray_cluster, "_PATIENCE", 60)  # for those of other tests to end
+    there.tell_of_waiting()
+    assert not caplog.text
+    monkeypatch.setattr(ray_cluster, "_PATIENCE", 1)
+    replace(there, cpus_per_worker=3.0).tell_of_waiting()
+    expected = r"waiting for room in the Ray cluster: a worker takes 3 processors and 0 GPUs, free are \d and 0"
+    assert re.search(expected, caplog.text)
+
+
+def test_a_relative_path_is_found_by_workers(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert ray_engine._everywhere("model") == str(folder / "model")
+    assert ray_engine._everywhere(Path("someone/model")) == "someone/model"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _NOISY = ("ray", "ray.data")
 _CONNECT_SECONDS = 10
 _UNREACHABLE = "is it running (ray status), and is this a machine of it?"
+_PATIENCE = 5  # seconds for which a worker finds no room before that is told
 _INIT_DEATHS = 10  # machines may die while their actors load the model
 _SHARED = ("miwv-fast", "transformers", "tokenizers")  # what this process and the workers must agree on
 
@@ -59,9 +61,25 @@ class Cluster:
         context = DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = self.verbose
         context.enable_auto_log_stats = False
+        context.max_errored_blocks = 0
         context.max_consecutive_actor_init_deaths = _INIT_DEATHS
         with DataContext.current(context):
             yield
+
+    def tell_of_waiting(self) -> None:
+        """Warns where there is no room for a worker now, for which Ray waits without a word."""
+        for _ in range(_PATIENCE):
+            free = ray.available_resources()
+            if self.fits(free):
+                return
+            time.sleep(1)
+        _log.warning(
+            "waiting for room in the Ray cluster: a worker takes %g processors and %g GPUs, free are %g and %g",
+            self.cpus_per_worker,
+            self.gpus_per_worker,
+            free.get("CPU", 0.0),
+            free.get("GPU", 0.0),
+        )
 
     def close(self) -> None:
         """Leaves the session if it was entered here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -45,7 +46,7 @@ class RayEngine:
         self.tokenizer = load_tokenizer(model, tokenizer)
         self._cluster = connect(address, workers, 0.0 if device == "cpu" else gpus_per_worker)
         self._choice = ModelChoice(
-            str(model), device, dtype, batch_tokens, self._cluster.gpus_per_worker, self._cluster.threads
+            _everywhere(model), device, dtype, batch_tokens, self._cluster.gpus_per_worker, self._cluster.threads
         )
         try:
             check_versions(self._cluster)
@@ -64,7 +65,7 @@ class RayEngine:
 
     def embed(self, texts: pa.ChunkedArray, embedder: Embedder | Kept, bars: Progress) -> np.ndarray:
         """Embeddings float32 [N, D] of `texts`: by the workers where the embedder is named, a callable runs here."""
-        name = str(embedder.embedder if isinstance(embedder, Kept) else embedder)
+        name = _everywhere(embedder.embedder if isinstance(embedder, Kept) else embedder)
         return embed(texts, embedder, "cpu", bars, lambda chunks, count: self._embed(name, chunks, count))
 
     def nearest(self, embeddings: np.ndarray, scorable: np.ndarray, k: int, bars: Progress) -> Neighbors:
@@ -111,6 +112,7 @@ class RayEngine:
                 yield unpack_near(answer.table)
 
     def _on_a_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._cluster.tell_of_waiting()
         with ray_errors_told():
             try:
                 return ray.get(ray.remote(**self._cluster.resources)(function).remote(*arguments))
@@ -118,3 +120,8 @@ class RayEngine:
                 if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
                     raise type(error.cause)(f"on a worker: {error.cause}") from None
                 raise
+
+
+def _everywhere(name: object) -> str:
+    """A name as workers, which run in folders of their own, find what it is here."""
+    return os.path.abspath(str(name)) if os.path.exists(str(name)) else str(name)

@@ -6,9 +6,11 @@ the driver's machine, wait for it there: neither the driver nor the object store
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,19 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miwv_fast.ray_cluster import Cluster, ray_errors_told
 
 _READERS = 2
 _AHEAD = 4  # tables per worker that are on their way
 _POLL_SECONDS = 0.005
+_DEATHS = 5  # of workers over one table; machines may die, but hardly all of them over the same
 _IN = pa.schema([("place", pa.int64()), ("table", pa.large_binary())])
 _OUT = pa.schema([*_IN, ("worker", pa.string()), ("error", pa.string())])
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, MemoryError)}
+
+_log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -49,8 +56,9 @@ class Answer:
 def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: int) -> Generator[Answer]:
     """Sends `count` tables through the actors; each answer comes once, whatever died on the way.
 
-    Ray starts actors anew where a process or a machine died and sends them again what was lost. Raises ValueError or
-    MemoryError, naming the worker, for what its task raised of that kind.
+    Ray starts actors anew where a process or a machine died and sends them again what was lost. Raises ValueError,
+    TypeError, OSError or MemoryError, naming the worker, for what its task raised of that kind; OSError for anything
+    else, for a table over which workers die, and where Ray ends before all answers are there.
     """
     if not count:
         return
@@ -71,11 +79,12 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
         source = ray.data.read_datasource(
             _Source(scratch, count), override_num_blocks=count, concurrency=min(_READERS, count), num_cpus=0
         )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         answers = source.map_batches(
             _Actor,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(task,),
+            fn_constructor_args=(task, ray.remote(num_cpus=0, scheduling_strategy=here)(_Begun).remote(), _DEATHS),
             compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, count), max_tasks_in_flight_per_actor=2),
             **cluster.resources,
         )
@@ -83,7 +92,7 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
             for row in batch.to_pylist():
                 if row["error"]:
                     kind, _, reason = row["error"].partition(": ")
-                    raise (MemoryError if kind == "MemoryError" else ValueError)(f"worker on {row['worker']}: {reason}")
+                    raise _KINDS[kind](f"worker on {row['worker']}: {reason}")
                 place = row["place"]
                 if place in finished:
                     continue
@@ -92,6 +101,11 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
                 # Whoever reads it again, to replace what a machine took with it, need not work on it again.
                 _path(folder, place).write_bytes(b"")
                 write_ahead()
+    if len(finished) < count:
+        raise OSError(
+            f"Ray has ended behind {len(finished)} of {count} pieces of work; do its processes on this machine see the "
+            f"temporary folder of this one, {tempfile.gettempdir()}?"
+        )
 
 
 def _told(batches: Iterable[pa.Table]) -> Generator[pa.Table]:
@@ -123,15 +137,27 @@ class _Source(Datasource):  # type: ignore[misc]
         return [task(place) for place in range(self._count)]
 
 
-class _Actor:
-    """Holds what a task has loaded; errors that a user can mend come back as answers, whatever Ray makes of others."""
+class _Begun:
+    """How often work on each table was begun: what kills its worker is sent again, and would be for ever."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self) -> None:
+        self._times: Counter[int] = Counter()
+
+    def count(self, place: int) -> int:
+        self._times[place] += 1
+        return self._times[place]
+
+
+class _Actor:
+    """Holds what a task has loaded; errors come back as answers, whatever Ray would make of them."""
+
+    def __init__(self, task: Task, begun: Any, deaths: int) -> None:
         self._worker = f"{ray.util.get_node_ip_address()}, process {os.getpid()}"
+        self._begun, self._deaths = begun, deaths
         self._problem = ""
         try:
             self._work = task.start()
-        except (ValueError, TypeError, OSError, MemoryError) as error:
+        except Exception as error:
             self._problem = _describe(error)
 
     def __call__(self, tables: pa.Table) -> pa.Table:
@@ -142,14 +168,22 @@ class _Actor:
         answer: dict[str, Any] = {"place": place, "worker": self._worker, "error": self._problem, "table": b""}
         if not self._problem:
             try:
+                if ray.get(self._begun.count.remote(place)) > self._deaths:
+                    raise ChildProcessError(
+                        f"{self._deaths} workers died over this piece of work, perhaps for want of memory"
+                    )
                 answer["table"] = _to_bytes(self._work(_read_table(content)))
-            except (ValueError, MemoryError) as error:
+            except Exception as error:
                 answer["error"] = _describe(error)
         return answer
 
 
 def _describe(error: Exception) -> str:
-    return f"{'MemoryError' if isinstance(error, MemoryError) else 'ValueError'}: {error}"
+    kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None)
+    if kind is None:
+        _log.exception("unexpected")  # with its traceback, for the worker's log
+        return f"OSError: {type(error).__name__}: {error}"
+    return f"{kind}: {error}"
 
 
 def _path(folder: Path, place: int) -> Path:
