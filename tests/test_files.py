@@ -7,7 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec.implementations.memory
+import fsspec
 import numpy as np
 import pytest
 
@@ -89,6 +89,44 @@ def test_rows_that_json_can_hardly_hold(tmp_path, caplog):
     assert "record 2: field 'me' cannot be written" in caplog.text and "record 3: field 'deep'" in caplog.text
 
 
+def test_a_file_has_its_name_when_it_is_on_disk(tmp_path, monkeypatch):
+    """A power cut leaves the old content or the new one: it is synced before the renaming, the folder behind it."""
+    done: list[object] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(descriptor):
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_renaming(source, target):
+        done.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_renaming)
+    Location(tmp_path / "a").write_bytes(b"new")
+    assert done == [(tmp_path / "a").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("error", [FileExistsError, NotImplementedError, TypeError, ValueError])
+def test_a_store_that_was_quicker_or_cannot_refuse(monkeypatch, error):
+    """Between the look and the write somebody else made the file; or the store knows no way to write only then."""
+    store = type(fsspec.filesystem("memory"))
+    pipe_file = store.pipe_file
+
+    def refuse(self, path, value, mode="overwrite"):
+        if mode == "create":
+            raise error
+        pipe_file(self, path, value)
+
+    monkeypatch.setattr(store, "pipe_file", refuse)
+    place = Location("memory://create/lock")
+    try:
+        assert place.create(b"mine") == place.exists() == (error is not FileExistsError)
+    finally:
+        place.remove()
+
+
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(IsADirectoryError, match=f"{tmp_path / 'in'} is a folder; give a file"):
@@ -123,7 +161,7 @@ def test_what_a_store_raises_names_the_place(monkeypatch):
     def fail(self, path, **_):
         raise OddError("no credentials")
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "exists", fail)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "exists", fail)
     with pytest.raises(OSError, match="memory:///run/a: OddError: no credentials"):
         Location("memory://run/a").exists()
 
@@ -155,10 +193,13 @@ def stale():
         (folder / name).remove()
 
 
-def test_the_lock_that_a_dead_process_left_in_a_store(stale, caplog):
-    folder = stale()
+@pytest.mark.parametrize("pid", [2**22 + 1, os.getpid()])  # of a process before this one
+def test_the_lock_that_a_dead_process_left_in_a_store(stale, pid, caplog):
+    folder = stale(pid=pid)
+    assert read_holder(folder) is None
     held = Lock(folder)
-    assert f"taking over memory:///stale from process {2**22 + 1}" in caplog.text
+    assert f"taking over memory:///stale from process {pid}" in caplog.text
+    assert read_holder(folder) == f"process {os.getpid()} on {lock.socket.gethostname()}"
     held.release()
     assert folder.names() == []
 
@@ -166,8 +207,10 @@ def test_the_lock_that_a_dead_process_left_in_a_store(stale, caplog):
 @pytest.mark.parametrize("other", [{"host": "node7"}, {"processes": "another container's"}])
 def test_the_lock_of_a_process_that_cannot_be_looked_for(stale, other):
     """A number means a process only among those of this host, its container and its start."""
+    folder = stale(**other)
+    assert read_holder(folder).startswith(f"process {2**22 + 1} on ")
     with pytest.raises(ValueError, match=r"is being written by .*; if that is gone, delete memory:///stale/lock"):
-        Lock(stale(**other))
+        Lock(folder)
 
 
 def test_two_that_take_over_one_lock(stale, monkeypatch):
@@ -202,6 +245,17 @@ def test_only_its_own_lock_is_given_back(stale):
     stale()  # somebody deleted the lock by hand, and another has it now
     held.release()
     assert folder.names() == ["lock"]
+
+
+def test_a_process_of_another_user_is_alive(stale, monkeypatch):
+    def refuse(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(lock.os, "kill", refuse)
+    folder = stale(pid=1)
+    with pytest.raises(ValueError, match="is being written by process 1 on"):
+        Lock(folder)
+    assert read_holder(folder).startswith("process 1 on")
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):

@@ -265,7 +265,7 @@ def test_a_model_that_is_split_over_devices(tmp_path: Any) -> None:
         np.testing.assert_allclose(lm.response_nll(sequences()).numpy(), expected, atol=2e-5)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks and replaced functions are gone when a call ends, also when it fails."""
     model = tiny_model("llama", VOCAB)
     lm = CausalLM(model, None, "llama")
@@ -282,6 +282,12 @@ def test_nothing_is_left_behind() -> None:
         with pytest.raises(ValueError, match=r"targets\[0\] is 300, outside \[0, 300\)"):
             lm.response_nll(bad)
         assert clean()
+    two = TokenSequence(np.array([1, 2, 3], np.int32), np.array([0, 1], np.int32), np.array([VOCAB, 5], np.int32))
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "WORKSPACE_BYTES", 1)  # one position at a time, all behind one pass
+        with pytest.raises(ValueError, match=r"targets\[0\] is 300"):
+            lm.response_nll([two])
+    assert clean()
     model.model.forward = lambda *arguments, **named: SimpleNamespace()
     with pytest.raises((AttributeError, TypeError)):
         lm.response_nll(sequences())

@@ -46,6 +46,7 @@ def test_matches_brute_force(seed, n, dimensions, k, block):
     candidates = generator.random(n) < 0.9
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, "BLOCK_ELEMENTS", block)
+        patch.setattr(neighbors, "_BLOCK_ROWS", block)
         found = nearest(embeddings, candidates, k, "cpu", QUIET)
     index, similarity = reference(embeddings, candidates, k)
     assert found.index.tolist() == index
@@ -56,6 +57,13 @@ def test_matches_brute_force(seed, n, dimensions, k, block):
 def test_duplicates_never_return_self():
     embeddings = np.array([[1, 0], [3, 4], [3, 4], [3, 4]], np.float32)
     assert nearest(embeddings, np.ones(4, bool), 1, "cpu", QUIET).index[:, 0].tolist() == [1, 2, 1, 1]
+
+
+def test_no_cosine_is_above_one():
+    """Which rounding makes of some whose directions are the same."""
+    one = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    found = nearest(np.concatenate([one, 3 * one]), np.ones(100, bool), 1, "cpu", QUIET)
+    assert found.index[:, 0].tolist() == [*range(50, 100), *range(50)] and found.similarity.max() <= 1
 
 
 def test_nothing_but_duplicates():

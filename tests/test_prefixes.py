@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.model import CausalLM
 from miwv_fast.prefixes import Prefixes
+from miwv_fast.runner import Runner
 from support import tiny_model
 
 VOCAB = 300
@@ -118,6 +119,13 @@ def test_behind_a_prefix_as_whole(kind):
     torch.testing.assert_close(
         lm.response_nll(behind, prefixes, behind=rows), lm.response_nll(whole), rtol=0, atol=2e-5
     )
+
+
+def test_what_a_unit_keeps_fits_a_gigabyte():
+    lm = causal_lm("llama")
+    kept = Runner(lm, 100).cache_tokens() * lm.cache_bytes_per_token
+    assert (1 << 30) - lm.cache_bytes_per_token < kept <= 1 << 30
+    assert Runner(lm, 1 << 40).cache_tokens() == 1 << 40  # or no unit would fill a batch
 
 
 def test_who_cannot_share():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from miwv_fast import ranker
 from miwv_fast.ranker import drop_near_duplicates, fill_quotas, proportional, rank, select, selection_size
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=False)
@@ -94,6 +95,20 @@ def test_near_duplicates_against_the_rule(threshold, wanted):
     best = (unit[duplicates.records] * unit[[other for _, other in dropped]]).sum(axis=1)
     np.testing.assert_allclose(cosines, best, atol=1e-6)  # the most similar, or its equal
     np.testing.assert_allclose(duplicates.similarity, cosines, atol=1e-6)
+    assert duplicates.similarity.max(initial=0) <= 1
+
+
+def test_near_duplicates_in_blocks_of_any_size(monkeypatch):
+    """Those that were kept before are compared in many blocks, as they are of more than 16,384."""
+    monkeypatch.setattr(ranker, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(ranker, "_BLOCK_COLUMNS", 7)
+    state = np.random.default_rng(5)
+    base = state.normal(size=(60, 8)).astype(np.float32)
+    embeddings = np.concatenate([base, base[state.permutation(60)] + 0.05 * state.normal(size=(60, 8))])
+    kept, duplicates = drop_near_duplicates(np.arange(120), embeddings.astype(np.float32), 0.95, 120)
+    expected, dropped = greedy(range(120), embeddings.astype(np.float32), 0.95, 120)
+    assert kept.tolist() == expected and len(dropped) > 30
+    assert list(zip(duplicates.records.tolist(), duplicates.kept.tolist(), strict=True)) == dropped
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])
@@ -151,6 +166,8 @@ TOKENS = np.array([5, 0, 9, 2, 9], np.int32)
         ({"top": 2, "min_response_tokens": 5}, [2, 0]),
         ({"top": 2, "dedup": 0.9, "embeddings": np.array([[1, 0], [0, 0], [0, 1], [0.01, 1], [1, 1]], float)}, [2, 0]),
         ({"top": 2, "groups": np.array([0, 0, 1, 1, 0])}, [2, 0]),
+        # Those without near-duplicates are looked for as far down the ranking as the quotas reach.
+        ({"top": 2, "groups": np.array([0, 0, 1, 1, 0]), "dedup": 0.9, "embeddings": np.eye(5)}, [2, 0]),
         # What the first group cannot fill goes to the best of the others.
         ({"top": 3, "groups": np.array([0, 0, 1, 1, 0]), "min_miwv": 0.2}, [2, 3]),
         ({"top": 3, "groups": np.array([0, 0, 1, 1, 0]), "min_miwv": 0.05}, [2, 3, 0]),
@@ -166,6 +183,7 @@ def test_select(conditions, expected):
         ({}, ValueError, "nothing says how many"),
         ({"min_miwv": 0.1, "groups": np.zeros(5, int)}, ValueError, "give top as well"),
         ({"min_miwv": 0.8}, ValueError, "no record is left by min_miwv 0.8: the highest is 0.7"),
+        ({"min_miwv": 1e39}, ValueError, "no record is left by min_miwv inf"),  # beyond float32
         ({"min_miwv": float("nan")}, ValueError, "min_miwv should be a number, it is nan"),
         ({"top": 1, "min_response_tokens": -3}, ValueError, "min_response_tokens should be at least 0, it is -3"),
         ({"min_miwv": "much"}, TypeError, "should be a number"),

@@ -258,6 +258,7 @@ def test_many_at_once_are_what_each_is(texts, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records_module, "_BATCH_RECORDS", 3)
         records = read_records(open_source([*rows, {"instruction": "the last", "output": "x"}, 3]))
+    assert max(map(len, records.table.to_batches())) <= 3
     expected = [parse_record(row, number) for number, row in enumerate(rows)]
     numbers = data.draw(st.lists(st.integers(0, len(rows) - 1)))
     assert records.take(np.array(numbers, np.int64)) == [expected[number] for number in numbers]
@@ -267,6 +268,31 @@ def test_many_at_once_are_what_each_is(texts, data):
     assert records.embedded_texts(wanted).to_pylist() == [
         text if wanted[number] else None for number, text in enumerate([*embedded, None])
     ]
+
+
+@pytest.mark.parametrize("name", ["id", "system", "instruction", "input", "output"])
+def test_long_texts_make_small_batches(name, monkeypatch):
+    """Whatever field they stand in: no more is held as Python objects, and no column outgrows its offsets."""
+    monkeypatch.setattr(records_module, "_BATCH_CHARACTERS", 100)
+    rows = [{"instruction": "a", "output": "b"} | {name: "x" * 60} for _ in range(5)]
+    batches = read_records(open_source(rows)).table.to_batches()
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+def test_of_a_malformed_row_no_more_is_kept_than_fits_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "_KEPT_CHARACTERS", 8)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\nno record at all\n')
+    (rejected,) = read_records(open_source(tmp_path / "rows.jsonl")).rejections
+    assert rejected.row == "no re..."
+
+
+def test_texts_that_are_divided_otherwise_are_others():
+    def digest(*turns):
+        return read_records(open_source([{"instruction": a, "input": b, "output": c} for a, b, c in turns])).texts
+
+    given = [("ab", "c", "d"), ("e", "", "f")]
+    others = [[("a", "bc", "d"), given[1]], [("ab", "", "cd"), given[1]], [("ab", "c", "de"), ("f", "", "f")]]
+    assert digest(*given) == digest(*given) and digest(*given) not in [digest(*turns) for turns in others]
 
 
 @given(st.lists(st.builds(Rejection, st.integers(0, 2**40), *[st.text(st.characters())] * 3)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 import miwv_fast
 from miwv_fast.shapes import parse_record
@@ -132,6 +133,7 @@ def test_padding_and_batch_size_do_not_change_scores(llama):
     alone = miwv_fast.score(rows, llama, embedder=text_embedder, batch_tokens=1)
     for name in ("nll_zero_shot", "nll_one_shot"):
         np.testing.assert_allclose(together.table[name], alone.table[name], atol=2e-5)
+    assert alone.stats["padding_tokens"] == 0 < together.stats["padding_tokens"]
 
 
 def test_running_again_is_bit_identical(llama):
@@ -222,6 +224,14 @@ class TestStatuses:
         assert table["neighbor"] == [1, 0, None]  # what has no room for itself demonstrates nothing
         assert table["miwv"][2] is None
 
+    def test_a_response_that_the_tokenizer_drops_is_empty(self):
+        tokenizer = byte_level()
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+        rows = [*self.ROWS[::4], {"instruction": "Name no colors.", "output": "\u200b"}]
+        model = tiny_model("llama", len(tokenizer))
+        table = miwv_fast.score(rows, (model, tokenizer), embedder=text_embedder).table
+        assert table["status"].to_pylist() == ["ok", "ok", "empty_response"]
+
     def test_no_neighbor(self, llama, caplog):
         embeddings = np.array([[0, 0], [1, 0], [0, 0], [0, 1], [1, 1], [0.5, np.nan]], np.float32)
         rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(6)]
@@ -247,6 +257,7 @@ class TestStatuses:
         used = [i for i in range(6) if table["neighbor"][i] == 2]
         assert [i for i in range(6) if table["status"][i] == "non_finite"] == sorted([2, *used])
         assert all((value is None) == (i in (2, *used)) for i, value in enumerate(table["miwv"]))
+        assert None not in table["response_tokens"]  # which were scored, to no end
 
 
 class TestUnusable:
@@ -262,6 +273,16 @@ class TestUnusable:
         rows = [*self.ROWS[:1], {"instruction": "", "output": "b"}, {"instruction": "c", "output": 1}]
         with pytest.raises(ValueError, match="1 scorable, 1 empty_instruction, 1 malformed; record 2: 'output'"):
             miwv_fast.score(rows, llama, embedder=text_embedder)
+
+    def test_tokens_that_the_model_does_not_know(self):
+        tokenizer = byte_level()
+        template = load_template("plain", tokenizer)
+        highest = max(int(template.zero_shot(parse_record(row)).ids.max()) for row in self.ROWS)
+        options = {"embedder": text_embedder, "template": "plain"}
+        with pytest.raises(ValueError, match=f"gives token {highest}, but the model knows {highest}: do they belong"):
+            miwv_fast.score(self.ROWS, (tiny_model("llama", highest), tokenizer), **options)
+        scores = miwv_fast.score(self.ROWS, (tiny_model("llama", highest + 1), tokenizer), **options)
+        assert scores.counts() == {"ok": 2}
 
     @pytest.mark.parametrize(
         "options, error, message",
@@ -443,10 +464,29 @@ def test_a_demonstration_without_room_is_left_out_of_several(llama):
     assert table["miwv_spread"][0] == 0
 
 
+def test_demonstrations_that_all_leave_no_room_are_told(llama):
+    rows = [{"instruction": f"Name {n} colors.", "input": "", "output": "red"} for n in range(3)]
+    length = len(load_template("plain", llama[1]).zero_shot(parse_record(rows[0])).ids)
+    options = {"embedder": np.array([[1, 0], [1, 0.2], [1, 0.5]]), "template": "plain", "max_length": length + 1}
+    table = miwv_fast.score(rows, llama, neighbors=2, **options).table.to_pydict()
+    assert table["status"] == ["demonstration_too_long"] * 3
+    assert table["neighbors"] == [[1, 2], [0, 2], [1, 0]] and table["neighbor"] == [1, 0, 1]
+
+
 class TestOutOfMemory:
     """The budget is halved, the work retried, nothing lost."""
 
-    def test_budget_is_halved(self, llama, monkeypatch, caplog):
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("no"),
+            # What torch says on a CPU.
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you"
+            ),
+        ],
+    )
+    def test_budget_is_halved(self, llama, monkeypatch, caplog, error):
         from miwv_fast.model import CausalLM
 
         rows = [{"instruction": f"Name {n} colors", "output": f"red, {n % 7} and blue"} for n in range(30)]
@@ -457,7 +497,7 @@ class TestOutOfMemory:
         def small(self, sequences, *rest):
             if len(sequences) > 3:
                 refused.append(len(sequences))
-                raise torch.OutOfMemoryError("no")
+                raise error
             return run(self, sequences, *rest)
 
         monkeypatch.setattr(CausalLM, "_run", small)

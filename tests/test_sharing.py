@@ -89,6 +89,7 @@ class Checked:
             whole: list[TokenSequence] = []
             for own, parent in zip(trees.sequences, trees.parents.tolist(), strict=True):
                 assert len(own.ids) > 0 and parent < len(whole)
+                assert (own.rows >= 0).all(), "a row that is read lies in what is continued"
                 before = whole[parent].ids if parent >= 0 else own.ids[:0]
                 whole.append(TokenSequence(np.concatenate([before, own.ids]), own.rows + len(before), own.targets))
                 assert parent < 0 or len(whole[-1].ids) <= self.shared_length
@@ -145,14 +146,22 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def templates() -> dict[str, Template]:
+def templates(tmp_path_factory) -> dict[str, Template]:
     rewriting = byte_level()
     rewriting.chat_template = REWRITING
     made = {name: load_template(name, byte_level(), include_eos=True) for name in ("alpaca", "plain", "chat")}
-    return made | {"rewriting": load_template("chat", rewriting)}
+    # Where an instruction is empty, nothing but BOS stands before the response.
+    bare = tmp_path_factory.mktemp("templates") / "bare.jinja"
+    bare.write_text(
+        "{% set separator = '' %}{% macro prompt(instruction, input) %}{{ instruction }}{{ input }}{% endmacro %}"
+    )
+    return made | {
+        "rewriting": load_template("chat", rewriting),
+        "bare": load_template(bare, byte_level(bos_and_eos=True)),
+    }
 
 
-@pytest.mark.parametrize("name", ["alpaca", "plain", "chat", "rewriting"])
+@pytest.mark.parametrize("name", ["alpaca", "plain", "chat", "rewriting", "bare"])
 @settings(max_examples=25)
 @given(
     data=st.lists(rows(), min_size=2, max_size=9),
@@ -213,6 +222,26 @@ def test_what_begins_with_the_same_system_text_stands_together(templates, name):
     written = ["".join(decode(own.ids) for own in trees.sequences) for trees in engine.trees]
     assert len(written) > 20
     assert max(sum(text.count(system) for text in written) for system in systems) <= LEAST_UNITS
+
+
+@pytest.mark.parametrize("name", ["alpaca", "plain", "chat", "rewriting", "bare"])
+def test_what_predicts_the_first_token_of_a_response_is_not_shared(templates, name):
+    """Though all that stands before the responses is the same: each pass reads the row that precedes its own."""
+    data = [{"instruction": "Say it.", "output": "red"}] * 6
+    colors = ("red", "blue", "three", "is", "the", "42")
+    data += [{"instruction": "Say another color than that, " * 4, "output": color} for color in colors]
+    each = np.arange(6)
+    for neighbors in ([*each + 6, *each], [*(each + 1) % 6, *each], [6] + [0] * 11):
+        run(data, templates[name], np.array(neighbors)[:, None], None, 10**9)
+
+
+def test_a_response_that_goes_on_as_another_prompt_is_not_shared(templates):
+    """One begins where the next still reads its prompt, and one right behind the demonstration."""
+    data = [{"instruction": "42135"[:count], "output": "42135"[count:]} for count in (2, 4, 3, 1)]
+    said = [("user", ""), ("assistant", "4"), ("user", "2"), ("assistant", "1")]
+    data.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    for neighbors in ([1, 0, 0, 0, 0], [4, 0, 1, 2, 3], [3, 3, 3, 0, 3]):
+        run(data, templates["bare"], np.array(neighbors)[:, None], None, 10**9)
 
 
 def test_nothing_is_shared_that_is_not_worth_a_pass(templates):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 from pathlib import Path
@@ -11,7 +12,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from miwv_fast import json_array
 from miwv_fast.sources import open_source
 
 ROWS = [
@@ -55,6 +59,21 @@ def test_json_array_named_jsonl_and_lines_named_json(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS))
     (tmp_path / "b.json").write_text("\n".join(map(json.dumps, ROWS)))
     assert values(tmp_path / "a.jsonl") == values(tmp_path / "b.json") == ROWS
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+json_values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+
+
+@given(st.lists(json_values, max_size=6), st.integers(1, 9), st.booleans(), st.sampled_from([None, 2]))
+def test_an_array_is_what_json_reads(elements, block, ascii_only, indent):
+    """Wherever one block ends and the next begins: within a number, a character or an escape."""
+    content = json.dumps(elements, ensure_ascii=ascii_only, indent=indent).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "BLOCK_BYTES", block)
+        assert list(json_array.read_json_array(Path("a.json"), io.BytesIO(content))) == elements
 
 
 def test_byte_order_mark(tmp_path):

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pkgutil
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pytest
 import torch
 
 import miwv_fast
-from miwv_fast import embedding, formats, job, neighbors
+from miwv_fast import _core, embedding, formats, job, neighbors
 from miwv_fast.errors import Interrupted
 from miwv_fast.files import Location
 from miwv_fast.lock import Lock
@@ -205,6 +206,18 @@ def test_an_embedder_that_changed_is_another_run(folder, tmp_path, monkeypatch):
         score(folder, "embedder", embedder=tmp_path)
 
 
+def test_an_embedder_that_was_moved_or_is_gone_is_the_same(folder, tmp_path, monkeypatch):
+    """Where the neighbours are found it is not needed any more."""
+    monkeypatch.setattr(embedding, "load_embedder", lambda name, device: text_embedder)
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model.safetensors").write_bytes(b"weights")
+        score(folder, "moved embedder", embedder=tmp_path / place)
+    shutil.rmtree(tmp_path / "here")
+    again = score(folder, "moved embedder", embedder=tmp_path / "here")
+    assert again.stats["resumed_tokens"] == again.stats["forwarded_tokens"] > 0
+
+
 def test_a_loaded_embedder_is_known_by_its_weights(folder):
     class Model(torch.nn.Module):
         def __init__(self, weight: float) -> None:
@@ -251,7 +264,15 @@ def test_a_part_of_other_hands_is_refused(folder, what):
         score(folder, name)
 
 
-@pytest.mark.parametrize("what", ["columns", "length", "range", "itself", "bytes"])
+def test_a_part_of_no_unit_is_refused(folder):
+    score(folder, "hands-number")
+    part = sorted((folder / "hands-number" / "parts").iterdir())[3]
+    part.rename(part.with_name(part.name.replace("00000003", "00009999")))
+    with pytest.raises(ValueError, match=r"00009999-\w+\.parquet is whole, but holds other passes than unit 9999"):
+        score(folder, "hands-number")
+
+
+@pytest.mark.parametrize("what", ["columns", "length", "range", "below", "itself", "bytes"])
 def test_neighbours_of_other_hands_are_refused(folder, what):
     name = f"neighbours-{what}"
     score(folder, name)
@@ -263,7 +284,7 @@ def test_neighbours_of_other_hands_are_refused(folder, what):
     elif what == "length":
         table = table.slice(1)
     else:
-        index[4] = {"range": 41, "itself": 4}.get(what, 0)
+        index[4] = {"range": 41, "below": -2, "itself": 4}.get(what, 0)
         table = table.set_column(0, table.field(0), pa.FixedSizeListArray.from_arrays(index, 1))
     pq.write_table(table, path)
     if what == "bytes":
@@ -289,6 +310,9 @@ def test_what_a_killed_process_was_writing_is_cleared_away(folder):
     (folder / "half" / ".manifest.json.4711").write_text("{")
     score(folder, "half")
     (folder / "half" / "parts" / f".00000000-{'0' * 32}.parquet.4711").write_text("PAR1")
+    score(folder, "half")
+    (folder / "half" / "embeddings").mkdir()
+    (folder / "half" / "embeddings" / f".00000000-{'0' * 32}.npy.4711").write_text("NUMPY")
     score(folder, "half")
     assert not list((folder / "half").rglob(".*"))
     assert outcome(folder, "half") == outcome(folder, "undisturbed")
@@ -385,6 +409,23 @@ def test_damaged_neighbours_are_found_again(folder, caplog):
     assert outcome(folder, "neighbours") == outcome(folder, "undisturbed")
 
 
+def test_other_neighbours_than_the_units_were_scored_with_are_refused(folder):
+    """Of an embedder that has changed under its name, in a run whose neighbours were lost."""
+    score(folder, "other neighbours")
+    (folder / "other neighbours" / "neighbors.parquet").unlink()
+
+    def changed(texts):
+        return text_embedder([text[::2] for text in texts])
+
+    changed.__module__, changed.__qualname__ = text_embedder.__module__, text_embedder.__qualname__
+    before = np.load(folder / "other neighbours" / "embeddings.npy")
+    with pytest.raises(ValueError, match="not those that its units were scored with"):
+        score(folder, "other neighbours", embedder=changed)
+    assert np.array_equal(np.load(folder / "other neighbours" / "embeddings.npy"), before)
+    score(folder, "other neighbours")
+    assert outcome(folder, "other neighbours") == outcome(folder, "undisturbed")
+
+
 def test_embeddings_and_neighbours_are_reused(folder):
     score(folder, "reused")
 
@@ -405,6 +446,47 @@ def test_another_run_is_refused_and_each_difference_named(folder):
     assert "include_eos: false there, true now" in text and 'template.name: "alpaca" there, "plain" now' in text
     assert "max_length" not in text and "--fresh" in text
     assert outcome(folder, "differs") == before
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("neighbors", 2),
+        ("max_length", 200),
+        ("share_prefix", False),
+        ("batch_tokens", 301),
+        ("dtype", "bfloat16"),
+        ("include_eos", True),
+    ],
+)
+def test_what_can_change_a_score_makes_another_run(folder, option, value):
+    """Rounding included: what runs together decides the last bits."""
+    if not (folder / "options").exists():
+        score(folder, "options")
+    with pytest.raises(ValueError, match=f"  {option}: "):
+        score(folder, "options", **{option: value})
+
+
+def test_another_machine_makes_another_run(folder, monkeypatch):
+    """Other packages, other room for what is shared, other kernels."""
+    score(folder, "machine")
+    with monkeypatch.context() as patch:
+        patch.setattr("miwv_fast.engine.package_versions", lambda names: dict.fromkeys(names, "0.1"))
+        patch.setattr(Runner, "cache_tokens", lambda self: 777)
+        with pytest.raises(
+            ValueError, match=r"(?s)  cache_tokens: \d+ there, 777 now.*  versions\.torch: .*\"0\.1\" now"
+        ):
+            score(folder, "machine")
+    others = set(_core.available_isas()) - {_core.isa()}
+    if not others:
+        pytest.skip("this machine has one instruction set")
+    chosen = _core.isa()
+    _core.select_isa(others.pop())
+    try:
+        with pytest.raises(ValueError, match="  kernels: "):
+            score(folder, "machine")
+    finally:
+        _core.select_isa(chosen)
 
 
 def test_changed_data_and_weights_are_other_runs(folder, tmp_path):
@@ -492,6 +574,8 @@ def test_fresh_moves_the_old_run_aside(folder):
     score(folder, "fresh", resume=False)
     assert outcome(folder, "fresh") == outcome(folder, "undisturbed")
     assert outcome(folder, "fresh.old-1") == old
+    score(folder, "fresh", resume=False)
+    assert outcome(folder, "fresh.old-1") == old and outcome(folder, "fresh.old-2") == outcome(folder, "undisturbed")
 
 
 @pytest.mark.parametrize("place", ["{}", "memory://{}"])
@@ -539,6 +623,15 @@ def test_two_processes_never_write_one_run(folder):
     assert run_status(folder / "locked")["written_by"].startswith(f"process {process.pid}")
     process.join()
     assert outcome(folder, "locked") == outcome(folder, "undisturbed")
+
+
+def test_a_run_that_is_being_written_is_not_moved_aside(folder):
+    score(folder, "held")
+    held = Lock(Location(folder / "held"))
+    with pytest.raises(ValueError, match="is being written by"):
+        score(folder, "held", resume=False)
+    held.release()
+    assert outcome(folder, "held") == outcome(folder, "undisturbed") and not (folder / "held.old-1").exists()
 
 
 def test_a_dead_process_lock_is_taken_over(folder, caplog):

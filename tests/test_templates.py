@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from miwv_fast.chat import CHAT_DATE
@@ -262,6 +262,23 @@ def test_unknown_characters_are_the_unknown_token_and_its_spelling_is_text():
     own = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     sequence = load_template("plain", own).zero_shot(alpaca("Say", "", "a\u65e5b<unk>"))
     assert [alphabet[token] for token in sequence.targets] == ["a", "<unk>", "b", *"<unk>"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: setattr(own, "eos_token", "<s>"),
+        lambda own: setattr(own, "bos_token", "</s>"),  # which chat templates may write
+        lambda own: setattr(own.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda own: own.add_tokens(["red"]),
+    ],
+)
+def test_a_tokenizer_is_known_by_all_that_tokens_depend_on(change):
+    own = byte_level()
+    before = SegmentEncoder(own).fingerprint()
+    assert before == SegmentEncoder(byte_level()).fingerprint()
+    change(own)
+    assert SegmentEncoder(own).fingerprint() != before
 
 
 class TestRoom:

@@ -168,6 +168,7 @@ class Run:
         content = neighbors_to_bytes(neighbors)
         digest = hashlib.sha256(content).hexdigest()
         if self.manifest.get("neighbor_table", digest) != digest and self._has_parts():
+            (self.folder / "embeddings").remove_folder()  # or the right embedder would not be called
             raise ValueError(
                 f"output {self.folder}: the neighbours found now are not those that its units were scored with; "
                 "has the embedder changed? Start over with resume=False (--fresh)"
