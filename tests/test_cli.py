@@ -175,7 +175,12 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         ((*SCORE, "x", "--embedder", "several.npy"), "several.npy holds several arrays"),
         ((*SCORE, "x", "--embedder", "one.npy"), "expected [10, D]"),
         ((*SCORE, "x", "--embedder", "none.npy"), "no such embedding file"),
-        ((*SCORE, "x", "--model", "empty"), "cannot load the"),
+        ((*SCORE, "x", "--model", "empty"), "cannot load the model 'empty'"),
+        ((*SCORE, "x", "--model", "nowhere"), "cannot load the model 'nowhere'"),
+        ((*SCORE, "x", "--model", ""), "a model or tokenizer has the empty text for its name"),
+        ((*SCORE, "x", "--embedder", ""), "the embedder has the empty text for its name"),
+        (("score", "pipe.jsonl", *SCORE[2:], "x"), "pipe.jsonl is no file but a pipe or device"),
+        (("score", "s3://bucket/a.jsonl", *SCORE[2:], "x"), "copy s3://bucket/a.jsonl here first"),
         ((*SCORE, "data.jsonl"), "data.jsonl is a file"),
         (("select", "run", "--output", "s.jsonl", "--top", "0"), "cannot select top 0"),
         (("select", "run", "--output", "s.jsonl", "--top", "-3"), "cannot select top -3"),
@@ -192,6 +197,11 @@ def test_a_malformed_line_is_named_and_the_rest_is_scored(workplace):
         (("select", "run", "--output", "s.jsonl", "--trainer", "axolotl"), "unknown trainer 'axolotl'"),
         (("select", "run", "--output", "s", "--trainer", "trl"), "trl reads files"),
         (("select", "run", "--output", "data.jsonl"), "data.jsonl is the data that was scored, and would be lost"),
+        (("select", "run", "--output", "run/scores.parquet"), "run/scores.parquet belongs to the run in"),
+        (("select", "alone.parquet", "--data", "data.jsonl", "--output", "alone.parquet"), "holds the scores"),
+        (("report", "run", "-o", "data.jsonl"), "data.jsonl is the data that was scored, and would be lost"),
+        (("report", "run", "-o", "run/embeddings.npy"), "run/embeddings.npy belongs to the run in"),
+        (("demo", "--output", "run"), "run holds a run, whose scores would be lost"),
         (("explain", "run", "10"), "no record 10"),
         (("status", "odd"), "manifest.json or plan.json is damaged"),
         (("score", "data.jsonl"), "Missing option"),
@@ -215,8 +225,12 @@ def test_what_a_user_can_get_wrong(workplace, monkeypatch, capfd, arguments, mes
         byte_level().save_pretrained(workplace / "small")
         shutil.copytree(workplace / "model", workplace / "damaged")
         (workplace / "damaged" / "model.safetensors").write_bytes(b"\x08")
-    if arguments[0] in ("select", "explain") and not (workplace / "run").exists():
+    if not (workplace / "pipe.jsonl").exists():
+        os.mkfifo(workplace / "pipe.jsonl")
+    if not (workplace / "run").exists():
         assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    if not (workplace / "alone.parquet").exists():
+        shutil.copy(workplace / "run" / "scores.parquet", workplace / "alone.parquet")
     status, _, error = call(monkeypatch, capfd, workplace, *arguments)
     assert status == 2
     assert message in error
@@ -229,6 +243,11 @@ def test_no_traceback_from_the_process(workplace):
     assert done.stderr.splitlines() == [
         "miwv-fast: error: unknown template 'alpacca'; known are alpaca, plain, chat, or a .jinja file"
     ]
+
+
+def test_as_a_module(workplace):
+    done = subprocess.run([sys.executable, "-m", "miwv_fast", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"miwv-fast {miwv_fast.__version__}\n"
 
 
 def test_help_and_info(workplace):

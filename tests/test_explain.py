@@ -154,6 +154,13 @@ def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
     show(line, told)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(told.tokens)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            show(line, told)
+        assert len(capsys.readouterr().out.splitlines()) == 2 + len(told.tokens)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     show(line, told)
     out = capsys.readouterr().out
     assert "the demonstration hurts" in out and "\x1b[2J" not in out
@@ -161,3 +168,18 @@ def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
         explain_run(tmp_path / "run", 2)
     with pytest.raises(ValueError, match="no record 6: the scores are of records 0 to 5"):
         explain_run(tmp_path / "run", 6)
+
+
+def test_another_model_than_the_runs_is_told(llama, tmp_path, caplog):
+    tokenizer = llama[1]
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny_model("llama", len(tokenizer), seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    miwv_fast.score(make_rows("alpaca", 6), tmp_path / "model", embedder=text_embedder, output=tmp_path / "run")
+    explain_run(tmp_path / "run", 1)
+    assert not caplog.text
+    explain_run(tmp_path / "run", 1, str(tmp_path / "other"))
+    assert "other is not the model that scored the run: a zero-shot loss is" in caplog.text
+    caplog.clear()
+    miwv_fast.load_scores(tmp_path / "run").report(tmp_path / "r.html", model=tmp_path / "other")
+    assert caplog.text.count("is not the model that scored the run") == 1

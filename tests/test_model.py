@@ -71,8 +71,12 @@ def test_unusable_models(tmp_path):
         load_model(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=r"no such model file.*missing\.gguf"):
         load_model(tmp_path / "missing.gguf")
-    with pytest.raises(ValueError, match="cannot load the tokenizer 'no/such-model'"):
+    with pytest.raises(ValueError, match="cannot load the model 'no/such-model'"):
         load_model("no/such-model")
+    with pytest.raises(ValueError, match="the empty text for its name"):
+        load_model("")
+    with pytest.raises(ValueError, match=r"the model is in torch.float64; .*give one of them as dtype"):
+        load_model((tiny_model("llama", len(own)).double(), own))
     with pytest.raises(TypeError, match="it is int"):
         load_model(3)
     with pytest.raises(TypeError, match="got 3 items"):

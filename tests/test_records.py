@@ -123,6 +123,30 @@ def test_conversation():
     assert (record.id, record.system, record.embedded_text) == ("12", "Be kind.", "a\nc")
 
 
+def test_what_stands_behind_the_last_answer_does_not_count():
+    said = messages(("user", "a"), ("assistant", "b"))
+    expected = parse_record({"messages": said})
+    for behind in ([("user", "c"), ("user", "d")], [("tool", "c")], [("system", "c")]):
+        assert parse_record({"messages": said + messages(*behind)}) == expected
+    with pytest.raises(MalformedRecord, match="two user messages"):
+        parse_record({"messages": messages(("user", "a"), ("user", "b"))})
+
+
+def test_an_empty_list_is_no_conversation_where_there_is_something_else():
+    row = {"instruction": "a", "output": "b"}
+    assert parse_record({**row, "messages": [], "conversations": None}) == parse_record(row)
+    assert parse_record({"messages": [], "conversations": ["a", "b"]}) == parse_record({"conversations": ["a", "b"]})
+    for alone in ({"messages": []}, {"messages": [], "instruction": "a"}):
+        with pytest.raises(MalformedRecord, match="'messages' has no user message"):
+            parse_record(alone)
+
+
+def test_a_malformed_record_keeps_its_id():
+    rows = [{"id": "a", "instruction": "b", "output": "c"}, {"id": 7, "instruction": 3}, {"id": [1]}, "text"]
+    records = read_records(open_source(rows))
+    assert records.table["id"].to_pylist() == ["a", "7", None, None]
+
+
 def test_conversation_of_bare_texts():
     record = parse_record({"conversations": ["a", "b", "c", "d"], "system": "Be kind."})
     assert (record.turns, record.system) == ((Turn("a", "", "b"), Turn("c", "", "d")), "Be kind.")
@@ -136,7 +160,10 @@ def test_prompt_and_completion_of_messages():
             both = said[:cut], said[cut:]
             for prompt, answer in (both, map(np.array, both)):  # as pandas reads a list
                 assert parse_record({"prompt": prompt, response: answer}) == parse_record({"messages": said})
-    for completion, message in (("d", "'completion' should be a list of messages"), (said[3:4], "two user messages")):
+    for completion, message in (
+        ("d", "'completion' should be a list of messages"),
+        (said[3:4], "'completion' has no assistant message"),
+    ):
         with pytest.raises(MalformedRecord, match=message):
             parse_record({"prompt": said[:4], "completion": completion})
 
@@ -185,7 +212,7 @@ def test_text_is_never_stripped():
         ({"messages": messages(("user", 1), ("assistant", "b"))}, r"messages\[0\].content"),
         ({"messages": messages(("assistant", "a"))}, "follows no user message"),
         ({"messages": messages(("user", "a"), ("user", "b"), ("assistant", "c"))}, "two user messages"),
-        ({"messages": messages(("user", "a"), ("assistant", "b"), ("system", "c"))}, "only come first"),
+        ({"messages": messages(("user", "a"), ("system", "c"), ("assistant", "b"))}, "only come first"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be scored"),
         ({"messages": []}, "no user message"),
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' should be a list of pairs, it is str 'c'"),

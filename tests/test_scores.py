@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -95,14 +96,41 @@ def test_embeddings_of_a_run(rows, llama, scored, tmp_path, caplog):
     expected = scored.select(5, dedup=0.9)
     assert again.select(5, dedup=0.9) == miwv_fast.load_scores(run).select(5, dedup=0.9) == expected
     scored.save(tmp_path / "alone" / "s.parquet")
-    with pytest.raises(ValueError, match="they lie in the run folder"):
+    with pytest.raises(ValueError, match="these scores were saved elsewhere"):
         miwv_fast.load_scores(tmp_path / "alone" / "s.parquet", rows).select(5, dedup=0.9)
     np.save(run / "embeddings.npy", np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match="3 embeddings for 12 records"):
         miwv_fast.load_scores(run).select(5, dedup=0.9)
+    np.save(run / "embeddings.npy", np.ones_like(again.embeddings))
+    with pytest.raises(ValueError, match=r"embeddings\.npy is damaged or of another run"):
+        miwv_fast.load_scores(run).select(5, dedup=0.9)
     (run / "embeddings.npy").write_bytes(b"")
     assert miwv_fast.load_scores(run).select(5) == scored.select(5)
     assert "embeddings.npy cannot be read" in caplog.text
+    for damage in (lambda path: None, Path.unlink):
+        damage(run / "embeddings.npy")
+        miwv_fast.score(rows, llama, embedder=text_embedder, output=run)
+        assert "embeddings.npy is not there or damaged: computed again" in caplog.text
+        assert miwv_fast.load_scores(run).select(5, dedup=0.9) == expected
+        caplog.clear()
+
+
+def test_a_finished_run_of_what_has_moved_keeps_its_records_and_embeddings(rows, llama, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = miwv_fast.score(data, llama, embedder=text_embedder, output=run)
+    manifest = (run / "manifest.json").read_bytes()
+    data = data.rename(tmp_path / "moved.jsonl")
+    again = miwv_fast.score(data, llama, embedder=text_embedder, output=run)
+    assert again.stats["resumed_tokens"] == first.stats["forwarded_tokens"]
+    assert miwv_fast.load_scores(run).select(3, dedup=0.9) == again.select(3, dedup=0.9)
+    assert json.loads((run / "manifest.json").read_text())["data"]["files"][0]["path"] == str(data)
+    (run / "manifest.json").write_bytes(manifest)  # as runs were left before
+    assert miwv_fast.load_scores(run).select(3, dedup=0.9) == again.select(3, dedup=0.9)
+
+
+def test_scores_are_equal_to_themselves(scored):
+    assert scored == scored and len({scored}) == 1
 
 
 def test_save_and_load(scored, rows, tmp_path):

@@ -93,6 +93,8 @@ def test_objects():
     assert values(ROWS) == values(iter(ROWS)) == ROWS
     assert values(datasets.Dataset.from_list(ROWS)) == ROWS
     assert values(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})) == ROWS
+    formats = "numpy", "torch", "arrow", "pandas"
+    assert [values(datasets.Dataset.from_list(ROWS).with_format(name)) for name in formats] == [ROWS] * len(formats)
     several = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("a", "b")})
     with pytest.raises(ValueError, match="splits a, b"):
         open_source(several)

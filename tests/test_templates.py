@@ -191,6 +191,18 @@ class TestSystem:
         text = self.text(chat("a", "b", system="Be kind."), chat("c", "d", system="Be rude."), strict)
         assert "<|im_start|>user\nBe rude.\n\nc<|im_end|>" in text
 
+    @pytest.mark.parametrize("demonstrations", ["", "Be kind."])
+    def test_a_place_is_looked_for_in_the_conversation_at_hand(self, demonstrations):
+        """Some templates take one system message, wherever it stands."""
+        once = (
+            "{% if messages | selectattr('role', 'equalto', 'system') | list | length > 1 %}"
+            "{{ raise_exception('only one') }}{% endif %}"
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        )
+        text = self.text(chat("a", "b", system=demonstrations), chat("c", "d", system="Be rude."), once)
+        assert ("<|im_start|>user\nBe rude.\n\nc<|im_end|>" in text) == bool(demonstrations)
+        assert ("<|im_start|>system\nBe rude.<|im_end|>" in text) == (not demonstrations)
+
     def test_record_without_one_gets_the_demonstrations(self):
         text = self.text(chat("a", "b", system="Be kind."), chat("c", "d"))
         assert text.count("<|im_start|>system") == 1

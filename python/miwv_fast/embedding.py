@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from miwv_fast.fingerprint import hash_weights
+from miwv_fast.fingerprint import hash_array, hash_weights
 from miwv_fast.progress import Progress
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -148,6 +148,8 @@ def open_embedder(embedder: Embedder) -> Embedder:
                 f"one, or a function from texts to such arrays; it is {type(embedder).__name__}"
             )
         return embedder
+    if not str(embedder):
+        raise ValueError("the embedder has the empty text for its name")
     path = Path(embedder)
     if path.suffix != ".npy":
         return embedder
@@ -187,8 +189,7 @@ def describe_embedder(embedder: Embedder) -> str:
     if isinstance(embedder, str | Path):
         return str(embedder)
     if isinstance(embedder, np.ndarray):
-        array = np.ascontiguousarray(embedder)
-        return f"array {list(array.shape)} sha256 {hashlib.sha256(array.data).hexdigest()}"
+        return f"array {list(embedder.shape)} sha256 {hash_array(embedder)}"
     name = getattr(embedder, "__qualname__", type(embedder).__name__)
     return f"callable {getattr(embedder, '__module__', '')}.{name}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class Explainer:
         name, source = settings["template"]["name"], settings["template"]["source"]
         self._template = load_template(name, self._lm.tokenizer, settings["include_eos"], source)
         self._max_length = settings["max_length"]
+        self._tolerance = 1e-3 if self._lm.model.dtype == torch.float32 and settings["dtype"] == "float32" else 0.1
         if self._template.encoder.fingerprint() != settings["tokenizer"]:
             message = f"the tokenizer of {self._lm.name} is not the one that the run was scored with"
             versions = package_versions(("transformers", "tokenizers"))
@@ -132,9 +134,20 @@ class Explainer:
             else:
                 raise ValueError(f"{message}; give that by tokenizer")
 
-    def __call__(self, record: Mapping[str, Any], neighbor: Mapping[str, Any]) -> Explanation:
-        """As `explain`."""
-        return explain(record, neighbor, self._lm, template=self._template, max_length=self._max_length)
+    def __call__(
+        self, record: Mapping[str, Any], neighbor: Mapping[str, Any], zero_shot: float | None = None
+    ) -> Explanation:
+        """As `explain`. Warns, once, where the zero-shot loss is not the one that the run has, of another model."""
+        told = explain(record, neighbor, self._lm, template=self._template, max_length=self._max_length)
+        if zero_shot is not None and abs(told.zero_shot.mean() - zero_shot) > self._tolerance:
+            _log.warning(
+                "%s is not the model that scored the run: a zero-shot loss is %.4f instead of %.4f",
+                self._lm.name,
+                told.zero_shot.mean(),
+                zero_shot,
+            )
+            self._tolerance = math.inf
+        return told
 
 
 def explain_run(
@@ -154,7 +167,7 @@ def explain_run(
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
     record, neighbor = scores.rows([index, row["neighbor"]])
-    told = Explainer(scores.manifest, model, tokenizer)(record, neighbor)
+    told = Explainer(scores.manifest, model, tokenizer)(record, neighbor, row["nll_zero_shot"])
     means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
     name, used = "MIWV", len(row.get("neighbors", ()))
     if used > 1:
@@ -168,7 +181,8 @@ def show(line: str, explanation: Explanation) -> None:
     from rich.text import Text
 
     print(line)
-    if not sys.stdout.isatty():
+    console = Console()
+    if not console.is_terminal or console.no_color or console.color_system is None:
         print("difference  one-shot  zero-shot  token")
         for token, one, zero, difference in zip(
             explanation.tokens, explanation.one_shot, explanation.zero_shot, explanation.difference, strict=True
@@ -183,4 +197,4 @@ def show(line: str, explanation: Explanation) -> None:
         shown = printable(token, keep="\n\t")
         text.append(shown, style=f"black on {background}")
     print(f"red: the demonstration hurts, blue: it helps, by up to {strongest:.2f} nats")
-    Console().print(text)
+    console.print(text)

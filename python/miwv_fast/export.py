@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miwv_fast.files import Location, write_jsonl
+from miwv_fast.sources import FileSource, Source
+from miwv_fast.store import FILES
 
 # Parquet's reader and `datasets` take some 50 levels; far more overflow Arrow's stack.
 _DEEPEST = 32
@@ -33,6 +35,18 @@ def choose_format(path: Path, wanted: str | None = None) -> str:
             f"or say --format {'|'.join(FORMATS.values())}"
         )
     return FORMATS[path.suffix]
+
+
+def check_not_lost(path: str | os.PathLike[str], source: Source | None, scores: str | None = None) -> None:
+    """Raises ValueError where writing `path` would replace the scored data, the scores, or a file of a run."""
+    target = Path(path).resolve()
+    scored = source.paths if isinstance(source, FileSource) else []
+    if target in [each.resolve() for each in scored]:
+        raise ValueError(f"{path} is the data that was scored, and would be lost; give another file")
+    if scores is not None and target == Path(scores).resolve() and target.is_file():
+        raise ValueError(f"{path} holds the scores, which would be lost; give another file")
+    if target.name in FILES and (target.parent / "manifest.json").is_file():
+        raise ValueError(f"{path} belongs to the run in {target.parent}, and would be lost; give another file")
 
 
 def write_records(path: Path, rows: Sequence[Mapping[str, Any]], kind: str) -> None:

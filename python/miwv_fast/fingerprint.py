@@ -1,9 +1,10 @@
-"""What a model in memory is, by content."""
+"""What a model or an array in memory is, by content."""
 
 from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 
@@ -14,3 +15,8 @@ def hash_weights(described: str, model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_array(array: np.ndarray) -> str:
+    """SHA-256 of an array's values, hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from miwv_fast.unpack import BLOCK_BYTES, MAX_RECORD_BYTES
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_IN_NUMBERS = re.compile(r"[-+.0-9eE]*")
 _JSON = json.JSONDecoder()
 
 
@@ -63,8 +64,9 @@ class _Text:
             reason = f"an element has more than {MAX_RECORD_BYTES} characters"
             try:
                 value, end = _JSON.raw_decode(self._held, self._at)
-                # A number may go on in the next block.
-                if end - self._at <= MAX_RECORD_BYTES and (end < len(self._held) or self._ended):
+                # A number may go on in the next block: 1 as 1e5.
+                whole = _IN_NUMBERS.match(self._held, end).end() < len(self._held)  # type: ignore[union-attr]
+                if end - self._at <= MAX_RECORD_BYTES and (whole or self._ended):
                     self._at = end
                     return value
             except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from miwv_fast.assembly import TokenSequence
-from miwv_fast.devices import choose_device, choose_dtype, to_device
+from miwv_fast.devices import DTYPES, choose_device, choose_dtype, to_device
 from miwv_fast.fingerprint import hash_weights
 from miwv_fast.head import Scored, positions_at_a_time
 from miwv_fast.probe import agree, find_head
@@ -271,12 +271,18 @@ def load_model(
         if dtype != "auto":
             loaded = loaded.to(chosen)
         choose_device(str(loaded.device))  # which may be one without kernels
+        if loaded.dtype not in DTYPES.values():
+            raise ValueError(
+                f"the model is in {loaded.dtype}; scores are computed in {', '.join(DTYPES)}: give one of them as dtype"
+            )
         return CausalLM(loaded, tokenizer, getattr(loaded, "name_or_path", "") or "the model")
     if not isinstance(model, str | Path):
         raise TypeError(f"model should be a name, a path or a (model, tokenizer) pair, it is {type(model).__name__}")
     folder, extra = _locate(model)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not extra:
+        _load(AutoConfig, "model", folder, {})  # before its tokenizer, which would be blamed for what is no model
     tokenizer = load_tokenizer(model, tokenizer)
     # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
     safe = extra or {"use_safetensors": True}
@@ -312,6 +318,8 @@ def load_tokenizer(own: Any, tokenizer: Any = None) -> Any:
 
 def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:
     """What to hand to `from_pretrained`: a name or folder, and the GGUF file in it."""
+    if not str(model):
+        raise ValueError("a model or tokenizer has the empty text for its name")
     path = Path(model)
     if path.suffix.lower() != ".gguf":
         if not path.exists() and (path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1):

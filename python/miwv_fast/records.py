@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from miwv_fast.formats import Row
 from miwv_fast.rejections import Rejection, Rejections
-from miwv_fast.shapes import MalformedRecord, Record, Turn, parse_record, shorten
+from miwv_fast.shapes import MalformedRecord, Record, Turn, parse_record, read_id, shorten
 from miwv_fast.sources import Source
 
 # Characters of a malformed row that its rejection keeps; the row itself stays where it came from.
@@ -151,7 +151,7 @@ def _read_batches(source: Source, rejections: Rejections, texts: TextDigest) -> 
             record = _read_row(index, row)
             status = _emptiness(record)
         except MalformedRecord as error:
-            record, status = Record(index, None, "", ()), "malformed"
+            record, status = Record(index, read_id(row.value), "", ()), "malformed"
             rejections.append(Rejection(index, row.location, str(error), shorten(row.text(), _KEPT_CHARACTERS)))
         texts.add_record(record)
         pending.append((record, status))

@@ -176,7 +176,7 @@ def _explain(
     explanations = {}
     for number in dict.fromkeys([*ranking[:EXPLAINED].tolist(), *ranking[-EXPLAINED:].tolist()]):
         record, neighbor = rows[number].value, rows[scores.table["neighbor"][number].as_py()].value
-        told = explainer(record, neighbor)
+        told = explainer(record, neighbor, scores.table["nll_zero_shot"][number].as_py())
         kept = slice(_EXPLAINED_TOKENS)
         explanations[str(number)] = {
             "tokens": told.tokens[kept],

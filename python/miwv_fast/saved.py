@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from miwv_fast.files import Location
+from miwv_fast.manifest import differences
 from miwv_fast.parts import array_from_bytes, read_table
 from miwv_fast.scores import MANIFEST_KEY, MULTI_SCHEMA, SCHEMA, Scores
 from miwv_fast.sources import FileSource, ObjectSource, Source, open_source
@@ -52,9 +53,10 @@ def _is_run(folder: Location, manifest: Mapping[str, Any]) -> bool:
     """Whether a folder holds the run of this manifest."""
     path = folder / "manifest.json"
     try:
-        return path.is_file() and path.read_json() == manifest
+        kept = path.read_json() if path.is_file() else None
     except ValueError:
         return False
+    return isinstance(kept, dict) and not differences(kept, manifest)
 
 
 def read_embeddings(run: Location) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from miwv_fast import ranker
 from miwv_fast.extras import import_extra
 from miwv_fast.files import Location
+from miwv_fast.fingerprint import hash_array
 from miwv_fast.formats import Row
 from miwv_fast.records import TextDigest
 from miwv_fast.sources import Source, open_source
@@ -53,7 +54,7 @@ MULTI_SCHEMA = SCHEMA.append(pa.field("miwv_spread", pa.float32())).append(pa.fi
 MANIFEST_KEY = b"miwv_fast"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """One row per input record, in input order.
 
@@ -74,7 +75,7 @@ class Scores:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
-    embeddings: np.ndarray | None = field(default=None, compare=False)
+    embeddings: np.ndarray | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -185,11 +186,14 @@ class Scores:
     def _embeddings(self) -> np.ndarray:
         if self.embeddings is None:
             raise ValueError(
-                "dedup needs the embeddings that the records were scored with: they lie in the run folder, "
-                "embeddings.npy, not in a scores file that was saved elsewhere"
+                "dedup needs the embeddings that the records were scored with, embeddings.npy beside a run's own "
+                "scores.parquet: these scores were saved elsewhere, or it is lost or damaged; the command that made "
+                "the run makes it again"
             )
         if len(self.embeddings) != len(self):
             raise ValueError(f"there are {len(self.embeddings)} embeddings for {len(self)} records: of another run")
+        if self.manifest.get("embeddings") not in (None, hash_array(self.embeddings)):
+            raise ValueError("embeddings.npy is damaged or of another run: the records were scored with others")
         return self.embeddings
 
     def save(self, path: str | os.PathLike[str] | Location) -> None:
@@ -222,8 +226,10 @@ class Scores:
         Needs `pip install 'miwv-fast[report]'`. Raises ValueError if no record has a score, the data is not what was
         scored, no record has the field, or the tokenizer is not the one that the records were scored with.
         """
+        from miwv_fast.export import check_not_lost
         from miwv_fast.report import write_report
 
+        check_not_lost(path, self.source if data is None else open_source(data))
         write_report(self, path, top=top, field=field, data=data, model=model, tokenizer=tokenizer)
 
     def plot(self, top: str | float | int = "1%") -> np.ndarray:

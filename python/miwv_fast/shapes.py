@@ -80,6 +80,8 @@ def parse_record(value: object, index: int = 0) -> Record:
     beside = _text(value, system_name) if system_name else ""
     if isinstance(shape, Pair) and shape.is_conversation(value):
         prompt, response = (_as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
+        if not _answers(response, message_keys(prompt)[0]):
+            raise MalformedRecord(f"{shape.response!r} has no assistant message")
         system, turns = _read_conversation([*prompt, *response], str(shape))
     elif isinstance(shape, Pair):
         input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
@@ -130,22 +132,24 @@ SYSTEM_FIELDS = ("system", "system_prompt")
 def recognize(value: Mapping[str, Any]) -> Pair | str:
     """A record's shape: a pair, or the field of a conversation: `messages`, `conversations` or `conversation`.
 
-    Fields without a value, NaN included, count where no shape has all of its own: a table of several shapes has nulls.
-    Raises MalformedRecord if it has none of the four.
+    Fields without a value, NaN and empty lists included, count where no shape has all of its own: a table of several
+    shapes has nulls. Raises MalformedRecord if it has none of the four.
 
     >>> recognize({"prompt": "Hi", "response": "Hello"})
     Pair(instruction='prompt', inputs=(), response='response')
     """
-    present = {key for key, item in value.items() if not _is_null(item)}
-    for name in ("messages", "conversations"):
-        if name in present:
-            return name
+    present = {key for key, item in value.items() if not (_is_null(item) or (isinstance(item, list) and not item))}
+    conversations = ("messages", "conversations")
+    if found := [name for name in conversations if name in present]:
+        return found[0]
     for known in (present, value.keys()):
         for pair in PAIRS:
             if pair.instruction in known and pair.response in known:
                 return pair
         if "conversation" in known:  # LMSYS-Chat, WildChat
             return "conversation"
+    if found := [name for name in conversations if name in value]:
+        return found[0]
     keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
     raise MalformedRecord(
         "its fields name no known shape; expected instruction and output or response, prompt and completion or "
@@ -157,6 +161,14 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
 def system_field(value: Mapping[str, Any]) -> str | None:
     """Where a system text beside the rest stands: the first of SYSTEM_FIELDS that is not empty, None if all are."""
     return next((name for name in SYSTEM_FIELDS if not _is_empty(value.get(name))), None)
+
+
+def read_id(value: object) -> str | None:
+    """A record's own `id`, None where it has none; also of what is no record otherwise."""
+    try:
+        return _own_id(value.get("id")) if isinstance(value, Mapping) else None
+    except MalformedRecord:
+        return None
 
 
 def _own_id(value: object) -> str | None:
@@ -188,14 +200,16 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
     """Everything up to the last assistant turn, as a system text and pairs of user and assistant text."""
     role_key, text_key = message_keys(messages)
     system, turns, user = "", [], None
-    for position, message in enumerate(messages):
+    answers = _answers(messages, role_key)
+    for position, message in enumerate(messages[: answers[-1] + 1] if answers else messages):
         where = f"{name}[{position}]"
         if not isinstance(message, Mapping):
             raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")
-        said = message.get(role_key)
-        role = _ROLES.get(said) if isinstance(said, str) else None
+        role = _role(message, role_key)
         if role is None:
-            raise MalformedRecord(f"{where} has {role_key} {_show(said)}; known are {', '.join(_ROLES)}")
+            raise MalformedRecord(
+                f"{where} has {role_key} {_show(message.get(role_key))}; known are {', '.join(_ROLES)}"
+            )
         text = _content(message, text_key, where)
         if role == "system":
             if position:
@@ -215,6 +229,16 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
             raise MalformedRecord(f"{name!r} has no user message")
         turns.append(Turn(user, "", ""))
     return system, tuple(turns)
+
+
+def _answers(messages: Sequence[object], role_key: str) -> list[int]:
+    """The places of the assistant's messages."""
+    return [place for place, message in enumerate(messages) if _role(message, role_key) == "assistant"]
+
+
+def _role(message: object, key: str) -> str | None:
+    said = message.get(key) if isinstance(message, Mapping) else None
+    return _ROLES.get(said) if isinstance(said, str) else None
 
 
 def _read_history(history: object) -> Iterator[Turn]:

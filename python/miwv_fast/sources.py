@@ -50,6 +50,8 @@ def open_source(data: object) -> Source:
         return data
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
+        if "://" in str(name):
+            raise ValueError(f"data is read from files of this machine: copy {name} here first")
         if not os.path.exists(name) and _is_hub_name(str(name)):
             return ObjectSource(_load_from_hub(str(name)), f"data set {name}", {"data_set": str(name)})
         return FileSource([Path(name)])
@@ -57,6 +59,7 @@ def open_source(data: object) -> Source:
         return FileSource([Path(item) for item in data])
     if type(data).__module__.partition(".")[0] == "datasets":
         rows = _single_split(data, "the data set", "data[{!r}]")
+        rows = rows.with_format(None) if hasattr(rows, "with_format") else rows  # tables, say, are no rows
         return ObjectSource(rows, "the data set", {"fingerprint": getattr(data, "_fingerprint", None)})
     if hasattr(data, "__arrow_c_stream__") or type(data).__name__ == "DataFrame":
         return TableSource(_as_table(data))
@@ -140,6 +143,10 @@ class FileSource:
                 raise FileNotFoundError(f"no such file: {path}")
             if path.is_dir():
                 raise ValueError(f"{path} is a folder; give the data files in it")
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} is no file but a pipe or device, and data is read several times: save it first"
+                )
             if split_suffixes(path)[0] not in FORMATS:
                 known = ", ".join(FORMATS)
                 raise ValueError(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from miwv_fast.files import Location, write_jsonl
+from miwv_fast.fingerprint import hash_array
 from miwv_fast.forest import Unit
 from miwv_fast.lock import Lock, read_holder
 from miwv_fast.manifest import differences
@@ -40,12 +41,18 @@ from miwv_fast.parts import (
 )
 from miwv_fast.rejections import Rejection
 from miwv_fast.runner import UnitResult
+from miwv_fast.saved import read_embeddings
 from miwv_fast.scores import Scores
 from miwv_fast.sources import Source
 
 _TEMPORARY = re.compile(r"\.[\w.-]+\.(json|jsonl|npy|parquet)\.[0-9]+")
 
 _LOCKS = {"lock", "lock.taken"}
+FILES = {
+    *_LOCKS,
+    *("manifest.json", "embeddings.npy", "neighbors.parquet", "plan.json"),
+    *("rejected.jsonl", "data.jsonl", "scores.parquet"),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -99,11 +106,16 @@ class Run:
         if not path.exists():
             self._write_manifest()
             return
-        old = path.read_json()
+        try:
+            old = path.read_json()
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; start over with resume=False (--fresh), which moves the old run aside"
+            ) from error
         if not isinstance(old, dict):
             raise ValueError(f"{path} should be a JSON object, it is {type(old).__name__}")
         if "neighbor_table" in old:
-            found = ("neighbor_table", "neighbor_recall")
+            found = ("embeddings", "neighbor_table", "neighbor_recall")
             self.manifest.update({name: old[name] for name in found if name in old})
         elif not self._has_parts() and not (self.folder / "embeddings").names():
             # Nothing was computed yet: somebody mended the call that failed.
@@ -117,6 +129,10 @@ class Run:
                 f"output {self.folder} holds a run that differs in:\n{lines}\n"
                 "give another folder, or start over with resume=False (--fresh), which moves the old run aside"
             )
+        # The embedder is the one that was used, wherever it is now; of data and model the new places count.
+        self.manifest.update({name: old[name] for name in ("embedder", "embedder_content") if name in old})
+        if old != self.manifest:
+            self._write_manifest()
 
     def _write_manifest(self) -> None:
         (self.folder / "manifest.json").write_json(self.manifest)
@@ -145,8 +161,11 @@ class Run:
 
         Raises ValueError where the file matches its checksum and yet is none of this run.
         """
-        path = self.folder / "neighbors.parquet"
+        path, embeddings = self.folder / "neighbors.parquet", self.folder / "embeddings.npy"
         if "neighbor_table" not in self.manifest or not path.exists():
+            return None
+        if not embeddings.is_file() or (embeddings.local and read_embeddings(self.folder) is None):
+            _log.warning("%s is not there or damaged: computed again", embeddings)
             return None
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.manifest["neighbor_table"]:
@@ -174,6 +193,7 @@ class Run:
                 "has the embedder changed? Start over with resume=False (--fresh)"
             )
         (self.folder / "embeddings.npy").write(lambda out: _save_array(out, embeddings))
+        self.manifest["embeddings"] = hash_array(embeddings)
         (self.folder / "neighbors.parquet").write_bytes(content)
         self.manifest["neighbor_table"] = digest
         self.manifest["neighbor_recall"] = neighbors.recall
