@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -125,6 +126,15 @@ def test_a_store_that_was_quicker_or_cannot_refuse(monkeypatch, error):
         assert place.create(b"mine") == place.exists() == (error is not FileExistsError)
     finally:
         place.remove()
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    def fill(out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'rows.jsonl'}'") as raised:
+        Location(tmp_path / "rows.jsonl").write(fill)
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -86,7 +86,8 @@ def score(
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
         neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. All others
             where there are not so many.
-        include_eos: Whether the end-of-turn token behind each response is scored too.
+        include_eos: Whether the end of turn is scored too, directly behind each response: EOS, with `chat` the control
+            token that the template writes behind the last response of a conversation.
         max_length: Tokens per sequence; by default what the model knows.
         batch_tokens: Padded tokens per forward pass. `auto`: 1,024 on a CPU, what the weights leave room for on a GPU;
             halved when memory runs out.
