@@ -281,9 +281,12 @@ def load_model(
     folder, extra = _locate(model)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not extra:
-        _load(AutoConfig, "model", folder, {})  # before its tokenizer, which would be blamed for what is no model
-    tokenizer = load_tokenizer(model, tokenizer)
+    try:
+        tokenizer = load_tokenizer(model, tokenizer)
+    except ValueError:
+        if tokenizer is None and not extra:
+            _load(AutoConfig, "model", folder, {})  # what is no model is not to be blamed on its tokenizer
+        raise
     # Pickled weights can run code; whoever trusts theirs loads them and passes the pair.
     safe = extra or {"use_safetensors": True}
     loaded = _load(AutoModelForCausalLM, "model", folder, {**safe, "dtype": chosen, "device_map": device_map})
