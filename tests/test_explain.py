@@ -179,7 +179,7 @@ def test_another_model_than_the_runs_is_told(llama, tmp_path, caplog):
     explain_run(tmp_path / "run", 1)
     assert not caplog.text
     explain_run(tmp_path / "run", 1, str(tmp_path / "other"))
-    assert "other is not the model that scored the run: a zero-shot loss is" in caplog.text
+    assert "other the model that scored the run? A zero-shot loss is" in caplog.text
     caplog.clear()
     miwv_fast.load_scores(tmp_path / "run").report(tmp_path / "r.html", model=tmp_path / "other")
-    assert caplog.text.count("is not the model that scored the run") == 1
+    assert caplog.text.count("the model that scored the run?") == 1

@@ -137,11 +137,11 @@ class Explainer:
     def __call__(
         self, record: Mapping[str, Any], neighbor: Mapping[str, Any], zero_shot: float | None = None
     ) -> Explanation:
-        """As `explain`. Warns, once, where the zero-shot loss is not the one that the run has, of another model."""
+        """As `explain`. Warns, once, where the zero-shot loss is not the one that the run has."""
         told = explain(record, neighbor, self._lm, template=self._template, max_length=self._max_length)
         if zero_shot is not None and abs(told.zero_shot.mean() - zero_shot) > self._tolerance:
             _log.warning(
-                "%s is not the model that scored the run: a zero-shot loss is %.4f instead of %.4f",
+                "is %s the model that scored the run? A zero-shot loss is %.4f, in the run it is %.4f",
                 self._lm.name,
                 told.zero_shot.mean(),
                 zero_shot,
