@@ -259,7 +259,7 @@ def load_model(
         if len(model) != 2:
             raise TypeError(f"a loaded model is given as (model, tokenizer), got {len(model)} items")
         loaded, own_tokenizer = model
-        asked = ("config", "device", "get_output_embeddings")  # wrappers that pass these on will do
+        asked = ("config", "device", "dtype", "get_output_embeddings")  # wrappers that pass these on will do
         if not isinstance(loaded, torch.nn.Module) or not all(hasattr(loaded, name) for name in asked):
             raise TypeError(
                 "a loaded model is given as (model, tokenizer), the first is no model of transformers: "
