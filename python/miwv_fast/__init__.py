@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from miwv_fast import ops
+from miwv_fast.errors import Interrupted
 
 # Modules of the same names: bound here, or whoever imports the module first would hide the function.
 from miwv_fast.explain import Explanation, explain
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from miwv_fast.scorer import score
     from miwv_fast.scores import Scores
 
-__all__ = ["Comparison", "Explanation", "Scores", "compare", "explain", "info", "load_scores", "ops", "score"]
+__all__ = [
+    "Comparison",
+    "Explanation",
+    "Interrupted",
+    "Scores",
+    "compare",
+    "explain",
+    "info",
+    "load_scores",
+    "ops",
+    "score",
+]
 __version__ = "0.1.0"
 
 # Imported at first use: a tool that only wants `ops` pays for torch and nothing else.

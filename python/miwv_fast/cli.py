@@ -20,6 +20,9 @@ from miwv_fast.errors import Interrupted
 if TYPE_CHECKING:
     from miwv_fast.ranker import Duplicates
 
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_Data = Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved; once for each file.")]
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,7 +49,9 @@ def options(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for scores.parquet and selected.jsonl.")] = Path("miwv-demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for scores.parquet and selected.jsonl.")
+    ] = Path("miwv-demo"),
 ) -> None:
     """Scores 120 packaged records with SmolLM2-135M-Instruct on this machine, without any hub."""
     from miwv_fast.demo import run_demo
@@ -61,30 +66,41 @@ def score(
     ],
     model: Annotated[str, typer.Option(help="Hub name, folder or GGUF file of a causal language model.")],
     output: Annotated[
-        str, typer.Option(help="Run folder or URL to write: scores.parquet, manifest.json, rejected.jsonl.")
+        str,
+        typer.Option(
+            "--output", "-o", help="Run folder or URL to write: scores.parquet, manifest.json, rejected.jsonl."
+        ),
     ],
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where it is not the model's own.")] = None,
     embedder: Annotated[
         str, typer.Option(help="sentence-transformers name or folder, or a .npy file with one row per record.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     template: Annotated[str, typer.Option(help="alpaca, plain, chat, or a Jinja file.")] = "alpaca",
-    neighbors: Annotated[int, typer.Option(help="Demonstrations per record; the score is their mean.")] = 1,
+    neighbors: Annotated[int, typer.Option(help="Demonstrations per record, one at a time; scores are averaged.")] = 1,
     include_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = False,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: what the model knows.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the model's.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Padded tokens per forward pass; default: automatic.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    share_prefix: Annotated[bool, typer.Option(help="Run one-shot passes behind kept demonstrations.")] = True,
+    device: _Device = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (float32 on a CPU, the checkpoint's on a GPU), float32, bfloat16 or float16."),
+    ] = "auto",
+    share_prefix: Annotated[bool, typer.Option(help="Run what sequences have in common only once.")] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move a run that OUTPUT holds aside and start over.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress bars; default: on a terminal.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: many GPUs and machines.")] = "local",
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster, auto or HOST:PORT; default: this machine alone.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Copies of the model under Ray; default: one per GPU.")] = None,
-    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs of each copy; default: 1, if any.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Copies of the model under Ray; default: as GPUs allow, without any one per machine."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="GPUs of each copy, whole or a share below 1; default: 1, if any.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray says, and more of our own.")] = False,
 ) -> None:
     """Scores every record of DATA and writes the scores to a run folder; the same command goes on after a stop.
@@ -136,7 +152,10 @@ def score(
 def select(
     run: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     output: Annotated[
-        Path, typer.Option(help="What to write, best record first: .jsonl, .parquet, or a folder for datasets.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="What to write, best record first: .jsonl, .parquet, or a folder for datasets."
+        ),
     ],
     top: Annotated[
         str | None, typer.Option(help="A share such as 1% or 0.01, or a number of records.", show_default="1%")
@@ -160,9 +179,9 @@ def select(
     trainer: Annotated[
         str | None, typer.Option(help="llama-factory or trl: write what it needs, and say how to call it.")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+    data: _Data = None,
 ) -> None:
-    """Writes the best records of a run, as they came.
+    """Writes the best records of a run, unchanged, best first.
 
     Example: miwv-fast select run --top 5% --dedup 0.95 --per source --output subset.jsonl
     """
@@ -215,7 +234,8 @@ def report(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer that the run was scored with.", show_default="the model's own")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+    device: _Device = "auto",
+    data: _Data = None,
 ) -> None:
     """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
     from miwv_fast.export import check_not_lost
@@ -223,7 +243,7 @@ def report(
 
     scores = load_scores(run, data)
     check_not_lost(output, scores.source, run)
-    scores.report(output, top=top, field=field, model=model, tokenizer=tokenizer)
+    scores.report(output, top=top, field=field, model=model, tokenizer=tokenizer, device=device)
     typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -231,7 +251,7 @@ def report(
 def compare(
     a: Annotated[str, typer.Argument(help="A run folder, or a scores file.")],
     b: Annotated[str, typer.Argument(help="Another run over the same data.")],
-    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+    data: _Data = None,
 ) -> None:
     """Prints how far two runs over the same data agree, and the records that moved most."""
     from miwv_fast.comparison import compare, show_comparison
@@ -273,12 +293,13 @@ def explain(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer that the run was scored with.", show_default="the model's own")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="The scored data, if it has moved since.")] = None,
+    device: _Device = "auto",
+    data: _Data = None,
 ) -> None:
     """Shows which response tokens a record's score comes from."""
     from miwv_fast.explain import explain_run, show
 
-    show(*explain_run(run, index, model, data, tokenizer))
+    show(*explain_run(run, index, model, data, tokenizer, device))
 
 
 @app.command()
@@ -292,6 +313,7 @@ def bench() -> None:
 @app.command()
 def info(
     model: Annotated[str | None, typer.Option(help="A model to load, to show how it would be scored.")] = None,
+    device: _Device = "auto",
 ) -> None:
     """Prints what a bug report needs: versions, how the kernels were built, and what this machine offers."""
     import miwv_fast
@@ -300,7 +322,7 @@ def info(
     if model is not None:
         from miwv_fast.model import load_model
 
-        found["model"] = load_model(model).describe()
+        found["model"] = load_model(model, device=device).describe()
     typer.echo(json.dumps(found, indent=2))
 
 

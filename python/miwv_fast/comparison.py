@@ -42,7 +42,8 @@ class Comparison:
 def compare(a: Scores, b: Scores) -> Comparison:
     """Compares two runs over the same data, made with other models, templates, embedders or settings.
 
-    Raises ValueError if they are of different data, or if no two records have a score in both.
+    Raises ValueError if they are of different data, or if no two records have a score in both, TypeError for anything
+    but `Scores`.
     """
     for scores in (a, b):
         if not isinstance(scores, Scores):

@@ -36,7 +36,7 @@ def choose_device(device: str) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     if not ops.build_info()["cuda"]:
-        _log.warning("a GPU is present but this build has no CUDA kernels: running on the CPU")
+        _log.warning("a GPU is present, but %s; running on the CPU", ops.launch.NO_KERNELS)
         return "cpu"
     return "cuda"
 

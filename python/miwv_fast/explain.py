@@ -112,7 +112,9 @@ class Explainer:
     manifest, or the tokenizer is another than the run's.
     """
 
-    def __init__(self, settings: Mapping[str, Any], model: Any = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], model: Any = None, tokenizer: Any = None, device: str = "auto"
+    ) -> None:
         from miwv_fast.devices import DTYPES
         from miwv_fast.info import package_versions
         from miwv_fast.model import load_model
@@ -121,7 +123,7 @@ class Explainer:
         if "template" not in settings:
             raise ValueError("these scores have no manifest, so how to explain them is not known")
         dtype = "auto" if isinstance(model, tuple) or settings["dtype"] not in DTYPES else settings["dtype"]
-        self._lm = load_model(model or settings["model"]["name"], tokenizer, dtype=dtype)
+        self._lm = load_model(model or settings["model"]["name"], tokenizer, device, dtype)
         name, source = settings["template"]["name"], settings["template"]["source"]
         self._template = load_template(name, self._lm.tokenizer, settings["include_eos"], source)
         self._max_length = settings["max_length"]
@@ -151,7 +153,12 @@ class Explainer:
 
 
 def explain_run(
-    run: str | Path, index: int, model: str | None = None, data: object = None, tokenizer: str | None = None
+    run: str | Path,
+    index: int,
+    model: str | None = None,
+    data: object = None,
+    tokenizer: str | None = None,
+    device: str = "auto",
 ) -> tuple[str, Explanation]:
     """Explains a record of a run by its nearest demonstration, with the run's own settings; and a line about it.
 
@@ -167,7 +174,7 @@ def explain_run(
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
     record, neighbor = scores.rows([index, row["neighbor"]])
-    told = Explainer(scores.manifest, model, tokenizer)(record, neighbor, row["nll_zero_shot"])
+    told = Explainer(scores.manifest, model, tokenizer, device)(record, neighbor, row["nll_zero_shot"])
     means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
     name, used = "MIWV", len(row.get("neighbors", ()))
     if used > 1:

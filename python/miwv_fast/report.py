@@ -45,6 +45,7 @@ def write_report(
     data: object = None,
     model: Any = None,
     tokenizer: Any = None,
+    device: str = "auto",
 ) -> None:
     """Writes the report of `scores` to `path`; `Scores.report` says what the arguments are and what is raised."""
     figures = import_extra("miwv_fast.report_figures", "report")
@@ -57,6 +58,7 @@ def write_report(
     shown = list(_shown(scores, ranking, rejected))
     rows, grouping = _read(scores, data, field, {number for numbers in shown for number in numbers})
     texts = {number: describe_record(row) for number, row in rows.items()}
+    explainer = Explainer(scores.manifest, model, tokenizer, device) if rows and model is not None else None
     columns = _columns(scores, ranking)
     plots = figures.make_plots(columns, miwv[ranking])
     page = {
@@ -70,7 +72,7 @@ def write_report(
         "field": None if grouping is None else _describe_grouping(grouping, ranking),
         "texts": take_within(shown, texts, _TEXT_BYTES),
         "rejected": _rejected(scores, rejected[:EXTREMES], grouping),
-        "explanations": {} if model is None else _explain(scores, ranking, rows, model, tokenizer),
+        "explanations": _explain(scores, ranking, rows, explainer) if explainer else {},
         "figures": {plot.name: {"item": plot.item, "x": plot.x, "y": plot.y} for plot in plots},
     }
     html = _render(scores, page, plots, figures.library())
@@ -166,13 +168,8 @@ def _render(scores: Scores, page: dict[str, Any], plots: list[Plot], library: st
     return html.encode(errors="backslashreplace")
 
 
-def _explain(
-    scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], model: Any, tokenizer: Any
-) -> dict[str, Any]:
+def _explain(scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], explainer: Explainer) -> dict[str, Any]:
     """The best and the worst records token by token, by record number."""
-    if not rows:
-        return {}
-    explainer = Explainer(scores.manifest, model, tokenizer)
     explanations = {}
     for number in dict.fromkeys([*ranking[:EXPLAINED].tolist(), *ranking[-EXPLAINED:].tolist()]):
         record, neighbor = rows[number].value, rows[scores.table["neighbor"][number].as_py()].value

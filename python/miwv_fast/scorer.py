@@ -76,17 +76,17 @@ def score(
             several splits `train` is read), a table of pandas, Arrow or polars, or an iterable of dicts. Records are
             Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), pairs (`prompt` with
             `completion` or `response`, `question` with `answer` or `response`, `query` with `response`, `problem` with
-            `solution`), OpenAI `messages`, or ShareGPT `conversations`; with any of them the text of `system` or
-            `system_prompt` counts.
+            `solution`), OpenAI `messages`, or ShareGPT `conversations` (or `conversation`); with any of them the text
+            of `system` or `system_prompt` counts, with the first two the earlier turns in `history`.
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so. Its tokenizer may be a name.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.
         embedder: A sentence-transformers name, folder or loaded model, an array [N, D] with a row per input record, a
             .npy file of one, or a callable from lists of at most 8,192 texts to such arrays.
         template: `alpaca`, `plain`, `chat`, or a Jinja file that defines `prompt(instruction, input)` and `separator`.
-        neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. All others
-            where there are not so many.
-        include_eos: Whether the end of turn is scored too, directly behind each response: EOS, with `chat` the control
+        neighbors: How many demonstrations a record is scored with, one at a time; the score is the mean. If there are
+            fewer other records, all of them.
+        include_eos: Whether the end of turn is scored too, directly after each response: EOS, with `chat` the control
             token that the template writes behind the last response of a conversation.
         max_length: Tokens per sequence; by default what the model knows.
         batch_tokens: Padded tokens per forward pass. `auto`: 1,024 on a CPU, what the weights leave room for on a GPU;
@@ -94,7 +94,7 @@ def score(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's type: `auto` (float32 on a CPU, the checkpoint's on a GPU), `float32`, `bfloat16`, `float16`.
         share_prefix: Whether to run what passes begin with in common, demonstrations above all, once, and the rest
-            behind the kept keys and values: the same scores to rounding for two thirds of the tokens or fewer. Where
+            on the kept keys and values: the same scores to rounding for two thirds of the tokens or fewer. Where
             the model does not allow it, it is not done; where a chat template rewrites earlier turns, less is saved.
         output: A folder for the run, or the URL of one in a store that fsspec knows (s3://, gs://): `scores.parquet`,
             `manifest.json`, `rejected.jsonl`, and what it takes to go on after an interruption. Without it nothing is

@@ -63,7 +63,7 @@ class Scores:
     `similarity` float32, its cosine; `status`, one of `STATUSES`. `manifest` says how the scores came about; `stats`
     what they cost (`forwarded_tokens`, `resumed_tokens` of them before this call, `padding_tokens`, `scoring_seconds`)
     and, where the search for neighbours was approximate, `neighbor_recall`, the share of a sample whose neighbour is
-    the nearest; it is not kept on disk.
+    the nearest; `stats` is not kept on disk. `source` is the data that was scored, where it can be read again.
     `embeddings` float32 [N, D] are what the neighbours were found by, None where the scores were saved without them.
 
     With k > 1 demonstrations per record, `miwv` and `nll_one_shot` are means over those that leave room for the
@@ -104,7 +104,7 @@ class Scores:
         dedup: float | None = None,
         per: str | None = None,
     ) -> list[dict[str, Any]]:
-        """The best records, best first, as they came.
+        """The best records, unchanged, best first.
 
         `top`: "1%" or a float in (0, 1] is a share of all input records, rounded down, at least one record; an int
         is a count; without it all that have a MIWV of at least `min_miwv` nats. `data` replaces the data that was
@@ -115,8 +115,8 @@ class Scores:
         data: each of its values gets its share of the scored records (largest remainder, ties to the value that comes
         first in the data), and places that a value cannot fill go to the best of the others.
 
-        Raises ValueError if the data cannot be found again or is not what was scored, or if the conditions leave no
-        record or cannot be met.
+        Raises ValueError if the data cannot be found again or is not what was scored, if neither `top` nor `min_miwv`
+        is given, or if the conditions leave no record or cannot be met; TypeError for a value of another type.
         """
         chosen = self.choose(
             top, data, min_miwv=min_miwv, min_response_tokens=min_response_tokens, dedup=dedup, per=per
@@ -215,13 +215,14 @@ class Scores:
         data: object = None,
         model: Any = None,
         tokenizer: Any = None,
+        device: str = "auto",
     ) -> None:
         """Writes one HTML file that shows these scores, needs no network and opens from disk; replaces a file there.
 
         `top` is the selection that it opens with, as in `select`. `field` names the field of the data whose values are
         compared; without it one is looked for. `data` replaces the data that was scored, if it has moved; where it is
         not found, the report has no texts. With `model`, a name, folder or loaded pair as for `score`, and `tokenizer`
-        where it was given to `score`, the ten best and the ten worst records are explained token by token.
+        where it was given to `score`, the ten best and the ten worst records are explained token by token, on `device`.
 
         Needs `pip install 'miwv-fast[report]'`. Raises ValueError if no record has a score, the data is not what was
         scored, no record has the field, or the tokenizer is not the one that the records were scored with.
@@ -230,7 +231,7 @@ class Scores:
         from miwv_fast.report import write_report
 
         check_not_lost(path, self.source if data is None else open_source(data))
-        write_report(self, path, top=top, field=field, data=data, model=model, tokenizer=tokenizer)
+        write_report(self, path, top=top, field=field, data=data, model=model, tokenizer=tokenizer, device=device)
 
     def plot(self, top: str | float | int = "1%") -> np.ndarray:
         """Plots the distribution of MIWV, and one-shot against zero-shot loss, with the selection `top` marked.

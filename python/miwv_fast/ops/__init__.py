@@ -13,7 +13,8 @@ Common to all of them:
 - targets, rows and offsets are one-dimensional int64 or int32 tensors on the same device. `rows[t]` is the row that
   predicts `targets[t]`; without `rows`, row t does.
 - `TypeError` or `ValueError` names the argument, its value, and what would have been right; on the CPU this includes a
-  target outside `[0, V)`, a row that doesn't exist, and offsets that fall.
+  target outside `[0, V)`, a row that doesn't exist, and offsets that fall. `RuntimeError`: CUDA tensors, and a build
+  without the CUDA kernels.
 - On CUDA, calls go to the current stream and return at once; they can be captured in a CUDA graph, after one call that
   loads the kernel. So what is only in the data cannot raise: a bad target or row makes its token and its response NaN,
   bad offsets their response. `check=True` waits for the device and raises the same errors as on the CPU, where it
@@ -56,7 +57,8 @@ def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, 
     """`(rows, targets, offsets)`, int64, for labels `[B, T]` in the convention of Hugging Face models.
 
     The logits at position t - 1 predict the label at position t, so `rows` are `b * T + t - 1` into logits `[B, T, V]`.
-    A label at position 0 has nothing that predicts it and is left out, as Hugging Face's loss does.
+    A label at position 0 has nothing that predicts it and is left out, as Hugging Face's loss does. The results lie on
+    the device of the labels, whose type is any integer's but uint64. TypeError for another, ValueError unless `[B, T]`.
 
     >>> rows, targets, offsets = rows_from_labels(torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]]))
     >>> rows.tolist(), targets.tolist(), offsets.tolist()

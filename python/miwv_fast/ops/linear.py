@@ -54,7 +54,7 @@ def linear_response_nll(
     The same as `response_nll(logits, targets, offsets, rows)` with `x = scale * (hidden @ weight.T + bias)` and
     `logits = x`, or `softcap * tanh(x / softcap)` where there is a softcap (Gemma-2). hidden is `[R, H]` or
     `[B, T, H]`, weight `[V, H]`, bias `[V]`, of one dtype and device. Beside the arguments, 24 bytes per token and no
-    more than `workspace_bytes` are held, whatever V and T are.
+    more than `workspace_bytes` are held, whatever V and T are. Dtypes, NaN and errors: as `miwv_fast.ops` says.
 
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
     the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not. Those
@@ -134,8 +134,9 @@ def response_nll_partials(
 def combine_partials(partials: Sequence[Tensor], offsets: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of each response, float32 `[B]`, from its parts over the vocabulary.
 
-    partials are results of `response_nll_partials` for the same tokens, one for each slice of the vocabulary; they may
-    lie on several devices, the result lies on that of the first. Raises ValueError where no slice holds a token's
+    partials, float64 `[T, 3]`, are results of `response_nll_partials` for the same tokens, one for each slice of the
+    vocabulary; they may lie on several devices, the result lies on that of the first. offsets `[B + 1]` as in
+    `response_nll`. Raises ValueError where no slice holds a token's
     target; on CUDA that response is NaN.
     """
     check_partials(partials, offsets)

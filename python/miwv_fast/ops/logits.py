@@ -22,7 +22,8 @@ from miwv_fast.ops.launch import address, require_kernels, run_rows
 def token_logprobs(logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, check: bool = False) -> Tensor:
     """Log-probability in nats of each target token, float32 `[T]`.
 
-    `out[t] = log_softmax(logits[rows[t]])[targets[t]]`, for targets `[T]` and rows `[T]`.
+    `out[t] = log_softmax(logits[rows[t]])[targets[t]]`, for targets `[T]` and rows `[T]`. Layouts, dtypes, NaN and
+    errors: as `miwv_fast.ops` says.
 
     >>> logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     >>> token_logprobs(logits, torch.tensor([0, 1]), rows=torch.tensor([1, 1]))
@@ -42,7 +43,8 @@ def response_nll(
     """Mean negative log-likelihood in nats of each response, float32 `[B]`.
 
     Response b owns the targets `offsets[b]` to `offsets[b + 1]`; offsets `[B + 1]` begin with 0, never fall, and end
-    with T, the number of targets. This is L(y | x) of Jiang et al., arXiv 2511.07074.
+    with T, the number of targets. Layouts, dtypes, NaN and errors: as `miwv_fast.ops` says. This is L(y | x) of Jiang
+    et al., arXiv 2511.07074.
 
     >>> logits = torch.zeros(3, 4)  # four entries, all of the same probability
     >>> response_nll(logits, torch.tensor([0, 3, 1]), torch.tensor([0, 2, 3]))
@@ -68,7 +70,8 @@ def response_nll_difference(
 ) -> Tensor:
     """One-shot minus zero-shot mean negative log-likelihood in nats of each response, float32 `[B]`: the MIWV.
 
-    Both logits score the same targets, and have one V and one dtype. Jiang et al., arXiv 2511.07074.
+    Both logits score the same targets, and have one V and one dtype. targets `[T]`, offsets `[B + 1]` and rows `[T]` as
+    in `response_nll`; errors as `miwv_fast.ops` says. Jiang et al., arXiv 2511.07074.
     """
     check_flag("check", check)
     arguments = (one_shot_logits, zero_shot_logits, targets, offsets, one_shot_rows, zero_shot_rows)
