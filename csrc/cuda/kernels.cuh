@@ -75,23 +75,24 @@ struct ReduceParams {
 
 // ---- Where things are
 
+// A token's row, null where there is none.
 template <class D>
-struct Target {
-  const typename D::Raw* row;  // null: there is no such row or, where rows are whole, no such target
-  int64_t index;               // of the target in the row; -1: it lies in another slice of the vocabulary
-};
-
-template <class D>
-__device__ __forceinline__ Target<D> locate(const SweepParams& p, int side, int64_t token) {
+__device__ __forceinline__ const typename D::Raw* locate(const SweepParams& p, int side, int64_t token) {
   // Selected, not indexed: an index that is only known at run time would put the parameters into local memory.
   const Logits logits = side == 0 ? p.logits[0] : p.logits[1];
   const int64_t* const rows = side == 0 ? p.rows[0] : p.rows[1];
   const int64_t row = rows ? rows[token] : token;
-  int64_t index = p.targets[token] - p.first;
-  if (index < 0 || index >= logits.vocab) index = -1;
-  if (row < 0 || row >= logits.num_rows || (index < 0 && !p.added)) return {nullptr, 0};
+  if (row < 0 || row >= logits.num_rows) return nullptr;
   const int64_t offset = logits.num_rows == logits.rows_per_batch ? row * logits.row_stride : logits.row_offset(row);
-  return {static_cast<const typename D::Raw*>(logits.data) + offset, index};
+  return static_cast<const typename D::Raw*>(logits.data) + offset;
+}
+
+// A target's logit, NaN where the row doesn't hold it.
+template <class D>
+__device__ __forceinline__ typename D::Raw load_target(const SweepParams& p, const typename D::Raw* row,
+                                                       int64_t target) {
+  const uint64_t index = static_cast<uint64_t>(target) - static_cast<uint64_t>(p.first);
+  return index < static_cast<uint64_t>(p.logits[0].vocab) ? load_one(row + index) : D::nan();
 }
 
 // ---- Kernels
@@ -102,22 +103,23 @@ __device__ __forceinline__ OnlineSoftmax* block_partials() {
   return shared_partials;
 }
 
-// Adds a slice of the vocabulary to a token's partial.
-__device__ __forceinline__ void add_partial(Partial& whole, bool begin, const OnlineSoftmax& slice, float target,
-                                            float scale) {
-  Partial old = {-FLT_MAX, 0, NAN};
-  if (!begin) old = whole;
+// What a slice of the vocabulary is added to, where it is.
+__device__ __forceinline__ Partial load_partial(const SweepParams& p, int64_t token) {
+  return p.added && !p.begin ? p.added[token] : Partial{-FLT_MAX, 0, NAN};
+}
+
+__device__ __forceinline__ Partial add_slice(const Partial& old, const OnlineSoftmax& slice, float target,
+                                             float scale) {
   const float old_max = static_cast<float>(old.max), slice_max = slice.max * scale, max = fmaxf(old_max, slice_max);
   const float grown = static_cast<float>(old.sum) * exp_relative(old_max, max, kLog2E);
-  whole.max = max;
-  whole.sum = fmaf(slice.sum, exp_relative(slice_max, max, kLog2E), grown);
-  whole.target = isnan(target) ? old.target : static_cast<double>(target) * scale;
+  return {max, fmaf(slice.sum, exp_relative(slice_max, max, kLog2E), grown),
+          isnan(target) ? old.target : static_cast<double>(target) * scale};
 }
 
 __device__ __forceinline__ void write_row(const SweepParams& p, int side, int64_t token, const OnlineSoftmax& row,
-                                          float target) {
+                                          float target, const Partial& old) {
   if (p.added)
-    add_partial(p.added[token], p.begin, row, target, p.scale);
+    p.added[token] = add_slice(old, row, target, p.scale);
   else if (p.out)
     p.out[token] = static_cast<float>(log_probability(row, target, p.scale));
   else
@@ -125,7 +127,7 @@ __device__ __forceinline__ void write_row(const SweepParams& p, int side, int64_
 }
 
 __device__ __forceinline__ void write_bad_row(const SweepParams& p, int side, int64_t token) {
-  write_row(p, side, token, {0, NAN}, NAN);
+  write_row(p, side, token, {0, NAN}, NAN, load_partial(p, token));
 }
 
 template <class Map>
@@ -148,22 +150,22 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup, kAligned)) sweep(
   const int side = blockIdx.z;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
   if (token >= p.num_tokens) return;
-  const Target<D> target = locate<D>(p, side, token);
-  if (!target.row) {  // for all threads of the group alike
+  const Raw* const row = locate<D>(p, side, token);
+  if (!row) {  // for all threads of the group alike
     if (t == 0 && !p.partials) write_bad_row(p, side, token);
     return;
   }
 
-  // The scalar loads go first, and wait unconverted until the vectors are done.
+  // The scalar loads go first, and what they bring waits until vectors are done.
   const Map map = make_map<Map>(p);
-  Raw target_raw{}, peeled_raw{};
-  if (t == 0 && !p.partials && target.index >= 0) target_raw = load_one(target.row + target.index);
+  const int64_t target = p.targets[token];
+  Raw peeled_raw{}, target_raw{};
   const uint32_t vocab = static_cast<uint32_t>(p.logits[0].vocab);
   const uint32_t peeled = vocab - p.body * kPerVector;
   const bool has_peeled = t < peeled && blockIdx.y + 1 == gridDim.y;  // they go with the last slice
-  if (has_peeled) peeled_raw = load_one(target.row + (t < kPerVector ? t : vocab - peeled + t));
+  if (has_peeled) peeled_raw = load_one(row + (t < kPerVector ? t : vocab - peeled + t));
 
-  const uintptr_t start = reinterpret_cast<uintptr_t>(target.row + kPerVector);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(row + kPerVector);
   const uint32_t past = start % 16;
   const Vec16* const aligned = reinterpret_cast<const Vec16*>(start - past);
   OnlineSoftmax acc;
@@ -171,10 +173,9 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup, kAligned)) sweep(
     acc = OnlineSoftmax();
     const uint32_t begin = slice * p.slice_vectors, end = min(begin + p.slice_vectors, p.body);
     add_share<D, Map, kGroup, kAligned>(acc, aligned, begin + t, end, past, map, p.c);
-    if (has_peeled && slice + 1 == p.slices) {
-      hold(peeled_raw);
-      add_logit(acc, map(D::from_raw(peeled_raw)), p.c);
-    }
+    if (has_peeled && slice + 1 == p.slices) add_logit(acc, map(D::from_raw(after(peeled_raw, acc.sum))), p.c);
+    // Now, so that neither the first vectors wait for it nor the end.
+    if (t == 0 && slice == 0 && !p.partials) target_raw = load_target<D>(p, row, after(target, acc.sum));
     acc = warp_combine(acc, p.c);
     if constexpr (kGroup == kThreads) {
       if (lane == 0) {
@@ -188,14 +189,15 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kGroup, kAligned)) sweep(
 
   if constexpr (kGroup == kThreads) {
     if (p.partials) return;
+  }
+  Partial old;
+  if (t == 0) old = load_partial(p, token);
+  if constexpr (kGroup == kThreads) {
     __syncthreads();  // the first warp reads what all have written
     if (warp != 0) return;
     acc = combine_partials(block_partials(), p.slices * kWarps, p.c);
   }
-  if (t == 0) {
-    hold(target_raw);
-    write_row(p, side, token, acc, target.index < 0 ? NAN : map(D::from_raw(target_raw)));
-  }
+  if (t == 0) write_row(p, side, token, acc, map(D::from_raw(after(target_raw, acc.sum))), old);
 }
 
 // The end of rows that were split: a warp does a row. blockIdx is (rows, 0, side).
@@ -204,17 +206,21 @@ __global__ void __launch_bounds__(kThreads) combine_rows(const __grid_constant__
   const int side = blockIdx.z;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= p.num_tokens) return;
-  const Target<D> target = locate<D>(p, side, token);
+  const typename D::Raw* const row = locate<D>(p, side, token);
   const bool first = threadIdx.x % 32 == 0;
-  if (!target.row) {
+  if (!row) {
     if (first) write_bad_row(p, side, token);
     return;
   }
   float logit = NAN;
-  if (first && target.index >= 0) logit = make_map<Map>(p)(D::from_raw(load_one(target.row + target.index)));
+  Partial old;
+  if (first) {
+    old = load_partial(p, token);
+    logit = make_map<Map>(p)(D::from_raw(load_target<D>(p, row, p.targets[token])));
+  }
   const uint32_t count = p.slices * kWarps;
-  const OnlineSoftmax row = combine_partials(p.partials + (side * p.num_tokens + token) * count, count, p.c);
-  if (first) write_row(p, side, token, row, logit);
+  const OnlineSoftmax sum = combine_partials(p.partials + (side * p.num_tokens + token) * count, count, p.c);
+  if (first) write_row(p, side, token, sum, logit, old);
 }
 
 // The log-probability of a token from its partials over slices of the vocabulary; a thread does a token. blockIdx is

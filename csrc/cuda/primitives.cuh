@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(MIWV_EMULATION)
 #include "emulation.h"
@@ -65,21 +66,13 @@ __device__ __forceinline__ T load_one(const T* p) {
 #endif
 }
 
-// A point before which the compiler may not use a loaded value. Without it the conversion of a scalar that was loaded
-// early moves up to just behind its load, and everything after it waits for memory.
-__device__ __forceinline__ void hold(float& raw) {
-#if defined(MIWV_EMULATION)
-  (void)raw;
-#else
-  asm volatile("" : "+f"(raw));
-#endif
-}
-__device__ __forceinline__ void hold(uint16_t& raw) {
-#if defined(MIWV_EMULATION)
-  (void)raw;
-#else
-  asm volatile("" : "+h"(raw));
-#endif
+// `value` as it is, but not before `sum`, which is never below 0, is there. Without that, what is done to a value that
+// was loaded early moves up to just behind its load, and everything after it waits for memory; ptxas sees no empty asm.
+// Where the sum is NaN, so is the result, and a bit of `value` does not matter.
+template <class T>
+__device__ __forceinline__ T after(T value, float sum) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  return bit_cast<T>(static_cast<Bits>(bit_cast<Bits>(value) | bit_cast<uint32_t>(sum) >> 31));
 }
 
 // 2^x in one instruction. Results below 2^-126 become 0.
@@ -99,6 +92,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 struct Float32 {
   using Raw = float;
   static constexpr int kPerWord = 1;
+  static __device__ __forceinline__ Raw nan() { return bit_cast<float>(0x7fffffffu); }
   static __device__ __forceinline__ float from_raw(Raw raw) { return raw; }
   static __device__ __forceinline__ float element(uint32_t word, int) { return bit_cast<float>(word); }
   static __device__ __forceinline__ uint32_t max_words(uint32_t a, uint32_t b) {
@@ -109,6 +103,7 @@ struct Float32 {
 struct BFloat16 {
   using Raw = uint16_t;
   static constexpr int kPerWord = 2;
+  static __device__ __forceinline__ Raw nan() { return 0x7fff; }
   static __device__ __forceinline__ float from_raw(Raw raw) {
     return bit_cast<float>(static_cast<uint32_t>(raw) << 16);
   }
@@ -123,6 +118,7 @@ struct BFloat16 {
 struct Float16 {
   using Raw = uint16_t;
   static constexpr int kPerWord = 2;
+  static __device__ __forceinline__ Raw nan() { return 0x7fff; }
   static __device__ __forceinline__ float from_raw(Raw raw) { return __half2float(bit_cast<__half>(raw)); }
   static __device__ __forceinline__ float element(uint32_t word, int i) {
     return from_raw(static_cast<Raw>(i == 0 ? word : word >> 16));

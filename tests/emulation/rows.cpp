@@ -284,17 +284,27 @@ void check_responses() {
     }
 }
 
-// NaN for that token or response, for no other, and no read at all: where the logits of the bad ones lie, nothing does.
+// NaN for that token or response, and for no other. Where the logits of bad rows lie, nothing does; behind a bad target
+// nothing is read.
 void check_bad_indices() {
   const DType d = DType::kBFloat16;
   for (int64_t vocab : {9, 20011})
     for (Split split : kSplits) {
       const Logits nowhere{reinterpret_cast<const void*>(4096), d, 3, vocab, vocab, 3, 0};
       const int64_t beyond = int64_t(1) << 32;  // 0 in 32 bits
-      const std::vector<int64_t> bad_rows{-1, 3, beyond, INT64_MIN, 0, 0, 0, 0};
-      const std::vector<int64_t> bad_targets{0, 0, 0, 0, -100, vocab, beyond, INT64_MAX};
-      for (float out : token_logprobs(nowhere, bad_targets, &bad_rows, split)) expect(out != out, "bad index");
+      const std::vector<int64_t> bad_rows{-1, 3, beyond, INT64_MIN};
+      for (float out : token_logprobs(nowhere, {0, 0, 0, 0}, &bad_rows, split)) expect(out != out, "bad row");
       Matrix m(d, vocab, 4, 0, 0, true);
+      const std::vector<int64_t> bad_targets{-100, -1, vocab, vocab + 1, 1 << 30, beyond, INT64_MAX, INT64_MIN};
+      const std::vector<int64_t> zeros(bad_targets.size(), 0);
+      for (float softcap : {0, 30}) {
+        m.logits.transform = {1, softcap};
+        emulation::watched = m.memory.data;
+        emulation::reads.assign(m.bytes, 0);
+        for (float out : token_logprobs(m.logits, bad_targets, &zeros, split)) expect(out != out, "bad target");
+        emulation::watched = nullptr;
+      }
+      m.logits.transform = {};
       const std::vector<int64_t> rows{0, 1, 2, 3}, targets{0, -100, 1, vocab}, offsets{0, 1, 2, 3, 4};
       const std::vector<float> nll = response_nll(m.logits, &rows, targets, offsets, split);
       const std::vector<float> out = difference(m.logits, m.logits, rows, rows, targets, offsets, split);
