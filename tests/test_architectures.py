@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,13 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": VOCAB, "moe_intermediate_size": 32, "initializer_range": 0.3},
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
 }
+# Windows and what else chooses among keys, so narrow that the sequences below are longer.
+NARROW: dict[str, Any] = {
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window", "block_size"), 20),
+    **dict.fromkeys(("attention_window_size", "local_attention", "attention_chunk_size"), 20),
+    **{"use_sliding_window": True, "max_window_layers": 0, "index_topk": 4, "index_topk_blocks": 2},
+    **{"index_block_size": 4, "index_local_blocks": 1, "floor_scale": 8},
+}
 LARGEST = 30_000_000  # parameters
 made: dict[str, bool] = {}  # what small_model() has said so far
 
@@ -66,9 +75,9 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
 def small_model(kind: str) -> Any:
     """The first of its small forms that gives logits; skips where none does."""
     reason = ""
-    for otherwise in OTHERWISE:
+    for otherwise, narrow in product(OTHERWISE, (NARROW, {})):
         try:
-            model = _build(kind, SIZES | otherwise)
+            model = _build(kind, SIZES | otherwise | narrow)
             with torch.no_grad():
                 model(torch.arange(6)[None])
             made[kind] = True
@@ -97,8 +106,8 @@ def _build(kind: str, sizes: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_losses_are_those_of_the_model(kind: str) -> None:
     model = small_model(kind)
-    whole = [sequence(30, 1), sequence(21, 2), sequence(26, 3)]
-    whole[2].ids[:9] = whole[0].ids[:9]
+    whole = [sequence(60, 1, 20), sequence(42, 2, 12), sequence(52, 3, 14)]
+    whole[2].ids[:38] = whole[0].ids[:38]
     try:
         lm = CausalLM(model, None, kind)
     except ValueError as error:
@@ -113,18 +122,28 @@ def test_losses_are_those_of_the_model(kind: str) -> None:
     torch.testing.assert_close(losses, torch.stack(expected).float(), rtol=0, atol=5e-5)
     if not lm.shared_length:
         return
-    kept, continued, scored = np.array([9, 14]), np.array([0, 1, 0]), np.array([5, 7], np.int32)
+    kept, continued, scored = np.array([38, 25]), np.array([0, 1, 0]), np.array([21, 23], np.int32)
     beginnings = [TokenSequence(whole[i].ids[: kept[i]], scored, whole[i].ids[scored + 1]) for i in (0, 1)]
     behind = [one.behind(int(kept[i])) for one, i in zip(whole, continued, strict=True)]
     prefixes = lm.prefixes(kept, np.full(2, -1))
     lm.response_nll(beginnings, prefixes, keep=np.arange(2))
     torch.testing.assert_close(lm.response_nll(behind, prefixes, behind=continued), losses, rtol=0, atol=5e-5)
-    # The same with beginnings that are themselves run behind 4 and 5 tokens: one pass more that rounds.
-    prefixes = lm.prefixes(np.array([4, 5, 5, 9]), np.array([-1, -1, 0, 1]))
-    lm.response_nll([one.front(4 + i) for i, one in enumerate(beginnings)], prefixes, keep=np.arange(2))
-    own = lm.response_nll([one.behind(4 + i) for i, one in enumerate(beginnings)], prefixes, keep=np.arange(2, 4))
+    # The same with beginnings that are themselves run behind 20 and 5 tokens: one pass more that rounds.
+    halves = np.array([20, 5])
+    prefixes = lm.prefixes(np.concatenate([halves, kept - halves]), np.array([-1, -1, 0, 1]))
+    lm.response_nll([one.front(n) for one, n in zip(beginnings, halves, strict=True)], prefixes, keep=np.arange(2))
+    rest = [one.behind(int(n)) for one, n in zip(beginnings, halves, strict=True)]
+    own = lm.response_nll(rest, prefixes, keep=np.arange(2, 4))
     torch.testing.assert_close(own, lm.response_nll(beginnings), rtol=0, atol=5e-5)
     torch.testing.assert_close(lm.response_nll(behind, prefixes, behind=2 + continued), losses, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("bart", False), ("mpt", False), ("gpt2", True), ("llama", True)])
+def test_who_counts_positions_itself_does_not_share_in_16_bits(kind, shares):
+    """Whose rounding would hide that the positions are wrong behind prefixes of different lengths."""
+    model = small_model(kind)
+    assert CausalLM(model, None, kind).shared_length == (0 if kind == "bart" else sys.maxsize)
+    assert CausalLM(model.bfloat16(), None, kind).shared_length == (sys.maxsize if shares else 0)
 
 
 @pytest.mark.skipif(transformers.__version__ != "5.24.0", reason="the count is that of transformers 5.24.0")

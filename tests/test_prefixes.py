@@ -49,6 +49,8 @@ def test_what_continues_another_is_read_with_it():
     assert read == [[1, 2, 3, 4, 5], [10, 20, 30, 40, 50]]
     read = prefixes.behind(np.array([2, 1])).update(*[torch.full((2, 1, 1, 1), 6.0)] * 2, 0)
     assert read[0][:, 0, :, 0].tolist() == [[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 6]]
+    read = prefixes.behind(np.array([0, 2])).update(*[torch.full((2, 1, 1, 1), 6.0)] * 2, 0)
+    assert read[0][:, 0, :, 0].tolist() == [[1, 1, 1, 2, 3, 6], [1, 2, 3, 4, 5, 6]]  # they end together
 
 
 def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
@@ -71,17 +73,17 @@ def test_rows_are_written_in_any_order_and_read_as_often_as_asked():
         for read, kept, new in zip(cache.update(*own, layer), before, own, strict=True):
             assert read.shape == (3, 2, 10, new.shape[3]) and torch.equal(read[:, :, 3:], new)
             for place, length in enumerate((2, 3, 2)):
-                assert torch.equal(read[place, :, :length], kept[place, :, :length])
+                assert torch.equal(read[place, :, 3 - length : 3], kept[place, :, :length])
 
 
-def test_behind_a_shorter_prefix_stands_its_own_last_token():
+def test_in_front_of_a_shorter_prefix_stands_its_own_first_token():
     """Neither what memory held nor another sequence's keys, which could be NaN: no mask hides that."""
     prefixes = Prefixes(np.array([6, 2]), ALONE[:2], 1)
     for row, values in ((0, [np.nan] * 6), (1, [2, 5])):
         keys = torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
         prefixes.keep(np.array([row])).update(keys, keys, 0)
     read, _ = prefixes.behind(np.array([0, 1])).update(*[torch.full((2, 1, 1, 1), 3.0)] * 2, 0)
-    assert read[1, 0, :, 0].tolist() == [2, 5, 5, 5, 5, 5, 3]
+    assert read[1, 0, :, 0].tolist() == [2, 2, 2, 2, 2, 5, 3]
 
 
 def test_a_prefix_that_is_not_finite_spoils_its_own_continuations_only():
@@ -130,8 +132,7 @@ def test_what_a_unit_keeps_fits_a_gigabyte():
 
 def test_who_cannot_share():
     assert causal_lm("mamba").shared_length == causal_lm("falcon_h1").shared_length == 0
-    assert causal_lm("mistral", sliding_window=16).shared_length == 15
-    assert causal_lm("llama").shared_length == sys.maxsize - 1
+    assert causal_lm("mistral", sliding_window=16).shared_length == causal_lm("llama").shared_length == sys.maxsize
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -188,7 +189,7 @@ ASK = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item",
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", "gemma3n"])
 def test_a_sequence_longer_than_the_window(kind):
-    """It is run whole, behind a cache that keeps nothing: the window is the model's own."""
+    """Whole and behind a beginning longer than the window, beside a shorter one: the window is the model's own."""
     lm = causal_lm(kind, sliding_window=12)
     whole = [sequence(30, 1), sequence(21, 2)]
     losses = []
@@ -197,8 +198,11 @@ def test_a_sequence_longer_than_the_window(kind):
             logits = lm.model(torch.from_numpy(one.ids).long()[None], use_cache=False).logits[0].double()
         losses.append(-logits.log_softmax(-1)[torch.from_numpy(one.rows).long(), torch.from_numpy(one.targets).long()])
     expected = torch.stack([loss.mean() for loss in losses]).float()
-    assert lm.shared_length == 11
     torch.testing.assert_close(lm.response_nll(whole), expected, rtol=0, atol=2e-5)
+    prefixes, lengths = lm.prefixes(np.array([17, 6]), ALONE[:2]), (17, 6)
+    lm.response_nll([one.front(n) for one, n in zip(whole, lengths, strict=True)], prefixes, keep=np.arange(2))
+    behind = [one.behind(n) for one, n in zip(whole, lengths, strict=True)]
+    torch.testing.assert_close(lm.response_nll(behind, prefixes, behind=np.arange(2)), expected, rtol=0, atol=2e-5)
 
 
 class NeverWaits(TorchDispatchMode):

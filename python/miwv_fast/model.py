@@ -177,7 +177,7 @@ class CausalLM:
         # mask.
         if before is not None:
             lengths = torch.from_numpy(before)[:, None]
-            kept = torch.arange(int(before.max())) < lengths
+            kept = torch.arange(-int(before.max()), 0) >= -lengths
             own = torch.tensor([len(sequence.ids) for sequence in sequences])[:, None]
             position = torch.arange(width)
             inputs["attention_mask"] = to_device(torch.cat([kept, position < own], dim=1).long(), self.device)
@@ -189,8 +189,8 @@ class CausalLM:
     def _check_sharing(self) -> None:
         """Runs a sequence whole and behind its own beginning, in a batch with another: both must agree.
 
-        The model's own cache must keep every key and value: a recurrent state cannot be padded, and a sliding window
-        forgets.
+        The model's own cache must be of keys and values, of which a window may be kept: a recurrent state cannot be
+        padded. In 16 bits rounding would hide that a model counts positions itself, by what its cache holds.
         """
         from transformers import cache_utils
 
@@ -199,6 +199,8 @@ class CausalLM:
         whole = [TokenSequence(ids[:7], last, last), TokenSequence(ids[7:], last, last)]
         first, second = np.arange(2), np.array([2, 3])
         try:
+            if self.model.dtype.itemsize < 4 and not self._heeds_positions(ids):
+                return
             expected = self.response_nll(whole)
             output = self.model(torch.from_numpy(ids)[None].long().to(self.device), use_cache=True)
             # What a model gives out it takes by the same name; transformers renamed it in 5.24.
@@ -223,8 +225,15 @@ class CausalLM:
             self._cache_layers = 0
             return
         self.cache_bytes_per_token = prefixes.bytes_per_token()
-        windows = [getattr(layer, "sliding_window", sys.maxsize) for layer in own.layers]
-        self.shared_length = min(min(windows) - 1, self._short)
+        self.shared_length = self._short
+
+    def _heeds_positions(self, ids: np.ndarray) -> bool:
+        """Whether other `position_ids` give other logits, to the bit."""
+        tokens = to_device(torch.from_numpy(ids)[None].long(), self.device)
+        places = torch.arange(len(ids), device=self.device)[None]
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        one, other = (self.model(**inputs, position_ids=given).logits for given in (places, places.flip(1)))
+        return not torch.equal(one, other)
 
 
 def _short_length(config: Any) -> int:

@@ -52,15 +52,16 @@ class Prefixes:
     def behind(self, rows: np.ndarray) -> Cache:
         """The cache for a pass that continues sequences `rows`, [B], which may repeat; as wide as the longest.
 
-        Behind the end of a shorter one stands its own last token again, for a mask to hide: another sequence's could be
-        NaN, which no mask hides.
+        All end together, for some models count how far back a token stands by its place in the cache. In front of a
+        shorter one stands its own first token again, for a mask to hide: another sequence's could be NaN, which no mask
+        hides.
         """
         return Cache(layers=self._readers(rows, [_Layer() for _ in self._layers]))
 
     def _readers(self, rows: np.ndarray, inner: Sequence[_Layer]) -> list[Any]:
         width = int(self.lengths[rows].max())
-        position = np.arange(width)
-        picked = [self._tokens[row][np.minimum(position, self.lengths[row] - 1)] for row in rows]
+        from_end = np.arange(-width, 0)
+        picked = [self._tokens[row][np.maximum(from_end, -self.lengths[row])] for row in rows]
         tokens = _OnDevices(np.concatenate(picked))
         return [_Reader(kept, tokens, width, layer) for kept, layer in zip(self._layers, inner, strict=True)]
 

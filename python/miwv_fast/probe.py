@@ -21,6 +21,11 @@ def find_head(model: Any, name: str) -> Head:
         logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name} gives no logits; it is no causal language model")
+    if logits.shape[:2] != inputs["input_ids"].shape:
+        raise ValueError(
+            f"{name} gives logits at {logits.shape[1]} positions for {inputs['input_ids'].shape[1]} tokens, as with a "
+            "soft prompt: which are whose is not known"
+        )
     if not _is_causal(model, inputs, logits):
         raise ValueError(f"{name} sees the tokens that follow; it is no causal language model")
     if not _needs_no_cache(model, inputs, logits):

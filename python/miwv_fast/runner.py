@@ -110,10 +110,6 @@ class Runner:
         before = prefixes.lengths[behind] if prefixes is not None and continues else np.zeros(len(sequences), np.int64)
 
         def run(chosen: list[TokenSequence], places: np.ndarray) -> torch.Tensor:
-            width = int(before[places].max()) + max(len(sequence.ids) for sequence in chosen)
-            if continues and len(places) > 1 and width > self.lm.shared_length:
-                # Padding between a short prefix and its continuation would push the prefix out of a sliding window.
-                return torch.cat([run([sequence], places[[at]]) for at, sequence in enumerate(chosen)])
             if keep[0] >= 0:
                 return self.lm.response_nll(chosen, prefixes, keep=keep[places])
             return self.lm.response_nll(chosen, prefixes, behind=behind[places] if continues else None)
