@@ -3,12 +3,12 @@
     python benchmarks/gpu.py --out benchmarks/results
 
 Needs nvcc and, installed, what the build and the tests import (scikit-build-core, pybind11, cmake, ninja, pytest,
-hypothesis, pyarrow, jinja2, transformers), and scipy for the whole job. Peers take part where they are installed; the
-whole job is compared with its peers where MIWV_DATA names the folder with Alpaca's records. Writes
-DIR/gpu-<device>-<date>.json, after each case and each part anew, and a log of each check, and prints short tables
-last. Where a check fails nothing is timed, unless --keep-going; what is wrong with a case is noted there and the rest
-goes on. The exit status is 1 where anything was wrong. --dry-run does everything that needs no GPU: the list of cases,
-the file and the tables, without times.
+hypothesis, pyarrow, jinja2, transformers), and scipy for the whole job. Peers of the rows take part where they are
+installed, after all else; the whole job is compared with its peers where MIWV_DATA names the folder with Alpaca's
+records. Writes DIR/gpu-<device>-<date>.json, after each case and each part anew, and a log of each check, and prints
+short tables last. Where a check fails nothing is timed, unless --keep-going; what is wrong with a case is noted there
+and the rest goes on. The exit status is 1 where anything was wrong. --dry-run does everything that needs no GPU: the
+list of cases, the file and the tables, without times.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from typing import Any
 
 import torch
 
-from gpu_cases import DTYPES, ROWS, VOCABS, Case, Timer, grid, measure, problem_of
+from gpu_cases import ROWS, VOCABS, Timer, grid
 from gpu_head import head_cases, head_table, measure_head
+from gpu_rows import time_peers, time_rows
 from gpu_run import ROOT, Run, benchmark, each, step
+from gpu_tables import split_table, table
 
 PEERS = ("triton", "liger-kernel", "flash-attn", "trl", "quack-kernels")
-TIMED = ("rows", "head", "model", "job")
-SHAPE = ("kernel", "dtype", "vocab", "rows", "density", "view", "hidden_size", "tokens", "slice_bytes")
+TIMED = ("rows", "head", "model", "job", "peers")
+SHAPE = ("kernel", "dtype", "vocab", "rows", "density", "view", "hidden_size", "tokens", "slice_tokens", "slice_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ["gpu", slug(report["device"] or "dry-run"), report["date"], *(timed if timed != list(TIMED) else [])]
     run = Run(arguments, report, arguments.out / f"{'-'.join(names)}.json")
     if arguments.dry_run:
-        report["cases"] = list(grid(tuple(arguments.vocabs), tuple(arguments.rows)))
-        report["head"] = list(head_cases())
+        report["cases"] = list(grid(tuple(arguments.vocabs), tuple(arguments.rows))) if "rows" in timed else []
+        report["head"] = list(head_cases()) if "head" in timed else []
     else:
         go(run)
     run.save()
-    print(table(report["cases"]))
-    print(head_table(report["head"]))
+    print(table(report["cases"]), split_table(report["cases"]), head_table(report["head"]), sep="\n\n")
     for name in ("model", "job"):
         print(f"{name}: {json.dumps(report[name])}")
     for name, result in report["checks"].items():
@@ -99,7 +100,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="no build, no checks, no times: works without a GPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of it (default: all)")
     parser.add_argument("--keep-going", action="store_true", help="time even where a check failed")
-    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--minutes", type=float, default=60, help="be done after this long (default 60)")
     parser.add_argument("--commit", help="what is measured (default: what git says)")
     parser.add_argument("--records", type=int, default=8192, help="of the pass with a 7B shape")
@@ -108,6 +108,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabs", type=int, nargs="+", default=VOCABS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     arguments = parser.parse_args(argv)
+    if "peers" in arguments.parts and "rows" not in arguments.parts:
+        parser.error("--parts peers needs rows, which it stands beside")
     arguments.begin, arguments.out = time.monotonic(), arguments.out.resolve()
     return arguments
 
@@ -134,7 +136,8 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    return found | {"nvcc": (re.findall(r"release ([\d.]+)", output(["nvcc", "--version"])) or [None])[0]}
+    nvcc = output([toolkit("nvcc") or "nvcc", "--version"])
+    return found | {"nvcc": (re.findall(r"release ([\d.]+)", nvcc) or [None])[0]}
 
 
 def output(command: list[str]) -> str:
@@ -142,6 +145,14 @@ def output(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def toolkit(name: str) -> str | None:
+    """A program of the CUDA toolkit, where CMakeLists.txt looks for nvcc and in that order."""
+    named = [f"{os.environ[root]}/bin" for root in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(root)]
+    wheels = [str(folder) for place in sys.path for folder in Path(place).glob("nvidia/cu*/bin")]
+    folders = [*named, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin", *wheels]
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def slug(name: str) -> str:
@@ -175,7 +186,7 @@ def test(run: Run) -> None:
 
 def sanitize(run: Run) -> None:
     """compute-sanitizer's memcheck and racecheck of a small run."""
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = toolkit("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         if sanitizer is None:
             run.report["checks"][tool] = {"ok": None, "seconds": 0, "summary": "compute-sanitizer is not installed"}
@@ -191,29 +202,8 @@ def sanitize(run: Run) -> None:
 # ---- Times
 
 
-def time_rows(run: Run) -> None:
-    """The row kernels, with one storage for each vocabulary and type."""
-    device = torch.device("cuda", 0)
-    cases = run.report["cases"] = list(grid(tuple(run.arguments.vocabs), tuple(run.arguments.rows)))
-    timer = Timer(device)
-    held: dict[tuple[str, int], torch.Tensor] = {}
-    bounds: dict[int, tuple[float, float]] = {}
-
-    def measure_case(case: Case) -> None:
-        group = case.dtype, case.vocab
-        if group not in held:
-            held.clear()
-            torch.cuda.empty_cache()
-            most = max(other.rows for other in cases if (other.dtype, other.vocab) == group)
-            storage = torch.empty((most + 4) * case.vocab, dtype=DTYPES[case.dtype], device=device)
-            held[group] = storage.normal_(0, 3)
-        measure(case, problem_of(case, held[group]), timer, not run.arguments.no_peers, bounds)
-
-    each(run, cases, measure_case, line)
-
-
 def time_head(run: Run) -> None:
-    """The head without logits, in slices of several sizes."""
+    """The head without logits, in slices of several shapes."""
     device = torch.device("cuda", 0)
     timer = Timer(device, pause=4_000_000)
     cases = run.report["head"] = list(head_cases())
@@ -246,42 +236,8 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "head": time_head,
     "model": time_model,
     "job": time_job,
+    "peers": time_peers,  # last: a peer can take the time, or the GPU
 }
-
-
-# ---- Tables
-
-
-def table(cases: list[Case]) -> str:
-    """All rows scored, contiguous, as ops would do it: what a README shows."""
-    chosen = [
-        case
-        for case in cases
-        if case.density == 1
-        and case.view == "contiguous"
-        and case.dtype == "bfloat16"
-        and case.automatic
-        and not (case.left_out or case.error)
-    ]
-    rule = "|---|---|---|---|---|---|---|---|"
-    return "\n".join(["| kernel | V | rows | µs | GB/s | of copy | of read | fastest peer |", rule, *map(line, chosen)])
-
-
-def line(case: Case) -> str:
-    name = f"| {case.kernel} | {case.vocab} | {case.rows}"
-    if case.density != 1 or case.view != "contiguous" or case.dtype != "bfloat16":
-        name += f", {case.dtype}, density {case.density}, {case.view}"
-    if case.left_out or case.error:
-        return f"{name} | {case.left_out or case.error}"
-    if case.seconds is None:
-        return name + " | | | | | |"
-    peers = sorted(case.peers.items(), key=lambda item: item[1])
-    best = f"{peers[0][0]} {peers[0][1] / case.seconds:.2f}×" if peers else ""
-    rate = case.bytes / case.seconds / 1e9
-    return (
-        f"{name} | {case.seconds * 1e6:.1f} | {rate:.0f} | {case.fraction_of_copy:.3f} | "
-        f"{case.fraction_of_read:.3f} | {best} |"
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The grid of GPU cases: what is timed, how, and what a case says about itself."""
+"""The grid of GPU cases: what is timed, how, and what a case says about itself. Peers are in gpu_rows.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from itertools import product
 
 import torch
 
-from gpu_peers import Problem, peers, readers
+from gpu_peers import Problem, readers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 VOCABS = (32000, 50257, 128256, 151936, 262144)
 ROWS = (1, 16, 256, 4096, 16384)
 DENSITIES = (1.0, 0.5, 0.1)
 VIEWS = ("contiguous", "[:, :-1]")
-SPLIT_ROWS = 256  # up to here both ways are timed
+# Scored rows that are timed both ways, whole and split, where all are scored, and where some are: ops splits less than
+# two for each multiprocessor, and whether that is the right threshold shows on both sides of it.
+BOTH_WAYS = range(1, 4097)
+NEAR_THRESHOLD = range(100, 4097)
 
 
 @dataclass
@@ -33,12 +36,15 @@ class Case:
     seconds: float | None = None  # median, L2 cold
     copy_seconds: float | None = None  # a device copy of as many bytes, which reads and writes them
     read_seconds: float | None = None  # the fastest read of as many bytes
+    launch_seconds: float | None = None  # a kernel that does nothing
     fraction_of_copy: float | None = None  # our bytes per second over those that the copy reads and writes, at most 1
     fraction_of_read: float | None = None  # our bytes per second over those of the read, at most 1
     extra_bytes: int | None = None  # peak of torch's memory during a call, less the result
     automatic: bool = True  # whether ops would do it like this
-    peers: dict[str, float] = field(default_factory=dict)
+    note: str | None = None  # what to know about the figures
+    peers: dict[str, float] = field(default_factory=dict)  # none where ops would do it otherwise
     peers_left_out: dict[str, str] = field(default_factory=dict)
+    peers_note: str | None = None  # why they end here, which says nothing about ours
     left_out: str | None = None  # why it was not timed, though nothing is wrong
     error: str | None = None  # what is wrong
 
@@ -55,10 +61,10 @@ def grid(vocabs: tuple[int, ...] = VOCABS, rows: tuple[int, ...] = ROWS) -> Iter
     counts = sorted(rows, reverse=True)
     for vocab in vocabs:
         for count in counts:
-            for kernel in ("row", "split") if count <= SPLIT_ROWS else ("row",):
+            for kernel in ("row", "split") if count in BOTH_WAYS else ("row",):
                 yield Case(kernel, "bfloat16", vocab, count, DENSITIES[0], VIEWS[0])
         for count in counts:
-            if count >= SPLIT_ROWS:
+            if count >= 256:
                 yield Case("difference", "bfloat16", vocab, count, DENSITIES[0], VIEWS[0])
         for dtype in ("float32", "float16"):
             if 4096 in rows:
@@ -66,7 +72,9 @@ def grid(vocabs: tuple[int, ...] = VOCABS, rows: tuple[int, ...] = ROWS) -> Iter
     for vocab in vocabs:
         for density, view in list(product(DENSITIES, VIEWS))[1:]:
             for count in counts:
-                yield Case("automatic", "bfloat16", vocab, count, density, view)
+                both = view == VIEWS[0] and scored(count, density) in NEAR_THRESHOLD
+                for kernel in ("row", "split") if both else ("automatic",):
+                    yield Case(kernel, "bfloat16", vocab, count, density, view)
 
 
 class Timer:
@@ -121,9 +129,7 @@ def problem_of(case: Case, storage: torch.Tensor) -> Problem:
     return Problem(full, full[:, :-1], targets, rows)
 
 
-def measure(
-    case: Case, problem: Problem, timer: Timer, with_peers: bool, bounds: dict[int, tuple[float, float]]
-) -> None:
+def measure(case: Case, problem: Problem, timer: Timer, bounds: dict[int, tuple[float, float, float]]) -> None:
     """Fills in the case; the result is compared with torch in float32 before anything is timed."""
     from miwv_fast import _core, ops
 
@@ -157,32 +163,24 @@ def measure(
         ops.launch.cuda_split = -1
     if case.bytes not in bounds:
         bounds[case.bytes] = measure_bounds(problem.full.view(-1)[: case.bytes // problem.full.element_size()], timer)
-    case.copy_seconds, case.read_seconds = bounds[case.bytes]
-    case.fraction_of_copy = min(1.0, case.copy_seconds / 2 / case.seconds)
-    case.fraction_of_read = min(1.0, case.read_seconds / case.seconds)
-    if with_peers and case.kernel != "difference":
-        measure_peers(case, problem, timer)
+    case.copy_seconds, case.read_seconds, case.launch_seconds = bounds[case.bytes]
+    set_fractions(case)
 
 
-def measure_bounds(source: torch.Tensor, timer: Timer) -> tuple[float, float]:
-    """Seconds of a copy and of the fastest read of as many bytes."""
+def measure_bounds(source: torch.Tensor, timer: Timer) -> tuple[float, float, float]:
+    """Seconds of a copy, of the fastest read of as many bytes, and of a kernel that does nothing."""
     source = source[: len(source) // 2 * 2]
     target = torch.empty_like(source)
     reads = [timer(reader, 0.05) for reader in readers(source).values()]
-    return timer(lambda: target.copy_(source), 0.05), min(reads)
+    return timer(lambda: target.copy_(source), 0.05), min(reads), timer(lambda: torch.cuda._sleep(0), 0.05)
 
 
-def measure_peers(case: Case, problem: Problem, timer: Timer) -> None:
-    for name, make in peers(problem).items():
-        try:
-            call = make()
-            check_logprobs(call(), problem, 0.2)  # some of them answer in bfloat16
-            case.peers[name] = timer(call, 0.1)
-        except Exception as error:  # whatever a peer raises for a shape, or because it is not there
-            case.peers_left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if gpu_is_lost():
-                raise RuntimeError(f"{name} has left the GPU unusable: {case.peers_left_out[name]}") from error
-        torch.cuda.empty_cache()
+def set_fractions(case: Case) -> None:
+    """Fractions end at 1; what was clearly faster than a bound says so."""
+    ratios = {"copy": case.copy_seconds / 2 / case.seconds, "read": case.read_seconds / case.seconds}
+    case.fraction_of_copy, case.fraction_of_read = (min(1.0, ratio) for ratio in ratios.values())
+    beyond = [f"{ratio:.3f} of the {name}" for name, ratio in ratios.items() if ratio > 1.02]
+    case.note = f"really {' and '.join(beyond)}, which is no bound here" if beyond else None
 
 
 def gpu_is_lost() -> bool:

@@ -1,4 +1,4 @@
-"""The head without logits on a GPU: time over that of the product alone, and memory, for slices of several sizes."""
+"""The head without logits on a GPU: time over that of the product alone, and memory, for slices of several shapes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gpu_cases import Timer
 
 SHAPES = ((131072, 4096), (49152, 576), (256000, 2304))
 TOKENS = (256, 4096, 16384)
+SLICE_TOKENS = (4096, 2048, 1024)  # beside the first, which is what ops takes, for the first shape alone
 SLICE_BYTES = tuple(mib << 20 for mib in (16, 32, 64, 128, 256))
 
 
@@ -20,6 +21,7 @@ class HeadCase:
     vocab: int
     hidden_size: int
     tokens: int
+    slice_tokens: int  # at most
     slice_bytes: int
     seconds: float | None = None  # median, L2 cold
     product_seconds: float | None = None  # bfloat16 logits in one product
@@ -31,13 +33,16 @@ class HeadCase:
 
 
 def head_cases() -> Iterator[HeadCase]:
-    """Shapes, and slices of several sizes for each; `measure_head` fills in the times."""
+    """Shapes, and slices of several shapes for each; `measure_head` fills in the times."""
     for vocab, width in SHAPES:
         for tokens in TOKENS:
-            for slice_bytes in SLICE_BYTES:
-                if slice_bytes >= 2 * 4 * tokens * vocab:
-                    continue  # all logits fit the one before
-                yield HeadCase(vocab, width, tokens, slice_bytes)
+            for slice_tokens in SLICE_TOKENS if (vocab, width) == SHAPES[0] else SLICE_TOKENS[:1]:
+                if slice_tokens != SLICE_TOKENS[0] and slice_tokens >= tokens:
+                    continue  # the same slices as with more
+                for slice_bytes in SLICE_BYTES:
+                    if slice_bytes >= 2 * 4 * min(tokens, slice_tokens) * vocab:
+                        continue  # all logits fit the one before
+                    yield HeadCase(vocab, width, tokens, slice_tokens, slice_bytes)
 
 
 def measure_head(case: HeadCase, timer: Timer, device: torch.device) -> None:
@@ -56,7 +61,8 @@ def measure_head(case: HeadCase, timer: Timer, device: torch.device) -> None:
         # Room for a slice of any of the sizes, beside the hidden states that are gathered for it.
         return ops.linear_response_nll(hidden, weight, targets, offsets, workspace_bytes=1 << 30)
 
-    before_bytes, products._SLICE_BYTES["cuda"] = products._SLICE_BYTES["cuda"], case.slice_bytes
+    before_shape = products._SLICE_TOKENS["cuda"], products._SLICE_BYTES["cuda"]
+    products._SLICE_TOKENS["cuda"], products._SLICE_BYTES["cuda"] = case.slice_tokens, case.slice_bytes
     try:
         check(run(), hidden, weight, targets)
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +71,7 @@ def measure_head(case: HeadCase, timer: Timer, device: torch.device) -> None:
         case.extra_bytes = torch.cuda.max_memory_allocated() - before
         case.seconds = timer(run)
     finally:
-        products._SLICE_BYTES["cuda"] = before_bytes
+        products._SLICE_TOKENS["cuda"], products._SLICE_BYTES["cuda"] = before_shape
     out = torch.empty(tokens, vocab, device=device, dtype=torch.bfloat16)
     case.product_seconds = timer(lambda: torch.mm(hidden, weight.T, out=out))
     case.over_product = case.seconds / case.product_seconds
@@ -82,12 +88,13 @@ def check(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targ
 def head_table(cases: list[HeadCase]) -> str:
     """What a README shows: the fastest slice of each shape."""
     lines = [
-        "| V | H | tokens | slice, MiB | over the product | TFLOP/s | extra MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| V | H | tokens | tokens of a slice | slice, MiB | over the product | TFLOP/s | extra MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     timed = [case for case in cases if case.tflops is not None]
     for key, group in groupby(timed, lambda case: (case.vocab, case.hidden_size, case.tokens)):
         best = min(group, key=lambda case: case.seconds)
-        cells = (*key, best.slice_bytes >> 20, f"{best.over_product:.3f}", f"{best.tflops:.0f}", best.extra_bytes >> 20)
+        shape = min(best.tokens, best.slice_tokens), best.slice_bytes >> 20
+        cells = (*key, *shape, f"{best.over_product:.3f}", f"{best.tflops:.0f}", best.extra_bytes >> 20)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

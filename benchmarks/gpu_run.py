@@ -52,7 +52,7 @@ def step(
     cause: str = "",
     variables: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs a command, no longer than there is time, and says how it ended; its log is in gpu-NAME.log.
+    """Runs a command, no longer than there is time, and says how it ended; its log lies beside the file.
 
     `proof` is what the log of one that did its work says, `cause` what to look for in that of one that failed; without
     it the last line is the summary.
@@ -60,7 +60,7 @@ def step(
     begin, limit = time.monotonic(), run.left()
     if limit <= 0:
         return {"ok": False, "seconds": 0, "summary": "not begun: out of time"}
-    log = run.arguments.out / f"gpu-{name}.log"
+    log = run.path.with_name(f"{run.path.stem}-{name}.log")
     with log.open("w") as stream:
         # A session of its own, so that what it has started ends with it.
         process = subprocess.Popen(
@@ -92,7 +92,7 @@ def step(
 
 def benchmark(run: Run, name: str, command: list[str]) -> dict[str, Any]:
     """What another benchmark writes, in a process and with memory of its own; how it ended as well if it fails."""
-    out = run.arguments.out / f"gpu-{name}.json"
+    out = run.path.with_name(f"{run.path.stem}-{name}.json")
     out.unlink(missing_ok=True)
     with suppress(RuntimeError):  # a kernel that went astray leaves this process without its GPU, but not the next one
         torch.cuda.empty_cache()
@@ -103,23 +103,31 @@ def benchmark(run: Run, name: str, command: list[str]) -> dict[str, Any]:
 
 
 def each(
-    run: Run, cases: list[Any], measure_case: Callable[[Any], None], show: Callable[[Case | HeadCase], str]
+    run: Run,
+    cases: list[Any],
+    measure_case: Callable[[Any], None],
+    show: Callable[[Case | HeadCase], str],
+    left_out: str = "left_out",
+    wrong: str = "error",
 ) -> None:
-    """Measures the cases in turn; the file is there after each. What goes wrong with one is noted in it."""
+    """Measures the cases in turn; the file is there after each.
+
+    Why there was nothing to measure is noted in the field `left_out` of a case, what went wrong in the field `wrong`.
+    """
     for case in cases:
         if run.left() <= 0:
-            case.left_out = "out of time"
+            setattr(case, left_out, "out of time")
             continue
         if gpu_is_lost():
-            case.left_out = "an earlier case has left the GPU unusable"
+            setattr(case, left_out, "an earlier case has left the GPU unusable")
             continue
         try:
             torch.cuda.empty_cache()
             measure_case(case)
         except torch.OutOfMemoryError as error:
-            case.left_out = _first_line(error)
+            setattr(case, left_out, _first_line(error))
         except Exception as error:  # a wrong result, or whatever a driver or a new version of torch comes up with
-            case.error = _first_line(error)
+            setattr(case, wrong, _first_line(error))
         print(show(case), flush=True)
         run.save()
 
