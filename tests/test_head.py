@@ -76,7 +76,7 @@ def test_every_architecture_takes_the_direct_way(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "phi", "mamba"])
-@pytest.mark.parametrize("way", [KeptRows, AllLogits])
+@pytest.mark.parametrize("way", [lambda model: KeptRows(model, model.base_model), AllLogits], ids=["rows", "all"])
 def test_the_other_ways_give_the_same(architecture: str, way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chosen rows at once, chosen rows three at a time, and all logits."""
     model = tiny_model(architecture, VOCAB)
@@ -202,6 +202,36 @@ def wrapped(model: Any) -> nn.Module:
     return outer
 
 
+class Adapter(nn.Module):
+    """As PEFT's wrappers: their `base_model` is the whole model, and the head has an addition of its own."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
+        self.get_output_embeddings, self.get_decoder = model.get_output_embeddings, model.get_decoder
+        model.lm_head.register_forward_hook(lambda module, inputs, out: out + inputs[0][..., :1])
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        return self.base_model(input_ids=input_ids, **inputs)
+
+
+def test_an_adapter_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Adapter(tiny_model("llama", VOCAB))
+    lm = CausalLM(model, None, "adapted")
+    assert isinstance(lm.head, KeptRows)
+    monkeypatch.setattr(head, "WORKSPACE_BYTES", 2 * 4 * VOCAB)
+    np.testing.assert_allclose(lm.response_nll(sequences()).numpy(), reference(model, sequences()), atol=2e-5)
+
+
+def test_a_soft_prompt_is_refused() -> None:
+    """There are more logits than tokens."""
+    model = tiny_model("llama", VOCAB)
+    forward = model.forward
+    model.forward = lambda input_ids, **named: forward(torch.cat([input_ids[:, :1]] * 5 + [input_ids], dim=1), **named)
+    with pytest.raises(ValueError, match="logits at 8 positions for 3 tokens, as with a soft prompt"):
+        CausalLM(model, None, "prompted")
+
+
 @pytest.mark.parametrize("hidden", ["unused", "unknown", "mixed"])
 def test_a_head_that_cannot_be_given_chosen_positions_gives_all_logits(
     hidden: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +299,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks and replaced functions are gone when a call ends, also when it fails."""
     model = tiny_model("llama", VOCAB)
     lm = CausalLM(model, None, "llama")
-    kept = KeptRows(model)
+    kept = KeptRows(model, model.base_model)
 
     def clean() -> bool:
         linear = model.lm_head

@@ -91,6 +91,7 @@ class KeptRows:
     """Gives the model's own head scored positions only, whatever the head is; what comes before it is run once."""
 
     model: Any
+    body: nn.Module  # the model without its head
     name: str = "rows"
 
     def response_nll(self, inputs: dict[str, Any], scored: Scored) -> Tensor:
@@ -101,7 +102,7 @@ class KeptRows:
             there = scored.to(logits.device)
             return ops.response_nll(logits, there.targets, there.offsets)
         logprobs = []
-        with run_once(self.model.base_model):
+        with run_once(self.body):
             for begin in range(0, count, chunk):
                 logits = self.logits(inputs, scored.rows[begin : begin + chunk])
                 targets = to_device(scored.targets[begin : begin + chunk], logits.device)
@@ -152,10 +153,10 @@ def hook(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def run_once(base: nn.Module) -> Iterator[None]:
+def run_once(body: nn.Module) -> Iterator[None]:
     """Within, a module gives its first output again and again: what follows it can be run in parts."""
-    own = base.__dict__.get("forward")
-    forward = base.forward
+    own = body.__dict__.get("forward")
+    forward = body.forward
     outputs: list[Any] = []
 
     def once(*arguments: Any, **options: Any) -> Any:
@@ -163,11 +164,11 @@ def run_once(base: nn.Module) -> Iterator[None]:
             outputs.append(forward(*arguments, **options))
         return outputs[0]
 
-    base.forward = once
+    body.forward = once
     try:
         yield
     finally:
         if own is None:
-            del base.forward
+            del body.forward
         else:
-            base.forward = own
+            body.forward = own

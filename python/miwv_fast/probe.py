@@ -129,15 +129,18 @@ def _find_transform(model: Any, linear: nn.Linear, inputs: dict[str, Any]) -> tu
 def _try_rows(model: Any, inputs: dict[str, Any], scored: Scored, logits: Tensor) -> KeptRows | None:
     """Whether a head that is given those rows only gives their logits, at once and one after the other."""
     expected = logits.flatten(0, 1)[scored.rows]
-    try:
-        kept = KeptRows(model)
-        at_once = kept.logits(inputs, scored.rows)
-        with run_once(model.base_model):
-            one_by_one = [kept.logits(inputs, row[None]) for row in scored.rows]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        _log.debug("no logits at chosen positions: %s", error)
-        return None
-    return kept if agree(at_once, expected) and agree(torch.cat(one_by_one), expected) else None
+    for adapted in (False, True):  # an adapter's base model has the head in it
+        try:
+            kept = KeptRows(model, model.get_decoder() if adapted else model.base_model)
+            at_once = kept.logits(inputs, scored.rows)
+            with run_once(kept.body):
+                one_by_one = [kept.logits(inputs, row[None]) for row in scored.rows]
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            _log.debug("no logits at chosen positions: %s", error)
+            continue
+        if agree(at_once, expected) and agree(torch.cat(one_by_one), expected):
+            return kept
+    return None
 
 
 def _probe(model: Any) -> tuple[dict[str, Any], Scored]:
