@@ -11,10 +11,13 @@ import resource
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -364,6 +367,31 @@ def test_templates_of_strangers_cost_little(tmp_path, monkeypatch, kind, name):
             )
             load_template(path, own)
     assert (resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()) == before
+
+
+def test_limits_of_two_threads(monkeypatch):
+    """One waits for the other, which takes none of its time, and then the process's memory is as free as before."""
+    before, clock = resource.getrlimit(resource.RLIMIT_AS), [0.0]
+    monkeypatch.setattr(sandbox, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    template = jinja2.Template("{% for i in range(3) %}{{ i }}\n{% endfor %}")
+    inside, leave, written = threading.Event(), threading.Event(), []
+
+    def second():
+        with sandbox.limits("the second"):
+            inside.set()
+            leave.wait()
+            written.append(template.render())
+
+    thread = threading.Thread(target=second)
+    with sandbox.limits("the first"):
+        monkeypatch.setattr(sandbox, "_MAX_BYTES", sandbox._MAX_BYTES // 2)
+        thread.start()
+        inside.wait(0.2)
+        clock[0] = 2 * sandbox._MAX_SECONDS
+    leave.set()
+    thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert written == ["0\n1\n2\n"]
 
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ MAX_RENDERED_CHARACTERS = 1 << 20
 _MAX_BYTES = 512 << 20
 _MAX_STEPS = 1_000_000
 _MAX_SECONDS = 20.0
+# The limit of memory is the process's: a second thread would take the first's for what was there before.
+_ONE_AT_A_TIME = threading.RLock()
 _FILE = "<template>"  # what Jinja calls the code of a template that came from no file
 
 
@@ -39,9 +42,10 @@ class _TooMuch(Exception):
 def limits(name: str) -> Iterator[None]:
     """Inside, templates are compiled and rendered; whatever they do wrong comes out as ValueError, naming the template.
 
-    Limited are the lines run (loops, however nested), the seconds, and the memory that the process may add.
+    Limited are the lines run (loops, however nested), the seconds, and the memory that the process may add. One thread
+    is inside at a time; its seconds begin there.
     """
-    steps, end = 0, time.monotonic() + _MAX_SECONDS
+    steps = 0
 
     def step(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal steps
@@ -54,7 +58,8 @@ def limits(name: str) -> Iterator[None]:
         return step if frame.f_code.co_filename == _FILE else None
 
     before = sys.gettrace()
-    with _little_memory():
+    with _ONE_AT_A_TIME, _little_memory():
+        end = time.monotonic() + _MAX_SECONDS
         sys.settrace(enter)
         try:
             yield
