@@ -325,6 +325,7 @@ BOMBS = {
     "multiplied": "{{ 'a' * 10**10 }}",
     "repeated": "{{ 'a' * 10000000000 }}",
     "power": "{{ 10 ** (10 ** 10) }}",
+    "power in an answer": "{% generation %}{{ 10 ** (10 ** 10) }}{% endgeneration %}",
     "range": "{% for i in range(10**9) %}{% endfor %}",
     "long range": "{% for i in range(1000000000) %}{% endfor %}",
     "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

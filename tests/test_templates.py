@@ -218,6 +218,8 @@ CHAT_TEMPLATES = {
     "a blank before each text": TURN.replace("\n", ": "),
     # In the manner of reasoning models: the last response stands behind an empty thought, of which the history is rid.
     "thinks": TURN.replace("\n", "\n{{ 'no thought\\n' if loop.last and m.role == 'assistant' }}"),
+    # Hugging Face's tag for masks of the assistant's tokens, beside what looks like a power but is text.
+    "marks what is said": TURN.replace("{{ m.content }}", "**{% generation %}{{ m.content }}{% endgeneration %}"),
     "has channels": TURN.replace("\n", "{{ ' final' if m.role == 'assistant' }}\n"),
 }
 

@@ -13,7 +13,9 @@ from types import FrameType
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 # Between noncharacters, which no text holds: a template is rendered around numbered slots, never around data.
@@ -73,11 +75,21 @@ def limits(name: str) -> Iterator[None]:
             sys.settrace(before)
 
 
+class _Generation(jinja2.ext.Extension):
+    """Hugging Face's tag around what the assistant says, for masks: to us nothing but what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - as in the class that it extends
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def check_source(name: str, source: str) -> None:
     """Raises ValueError for a source that is too long, or computes powers: one of those can take days."""
     if len(source) > MAX_SOURCE_CHARACTERS:
         raise ValueError(f"{name}: its source has more than {MAX_SOURCE_CHARACTERS:,} characters")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation])
     with limits(name):
         try:
             tree = environment.parse(source)
