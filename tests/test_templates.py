@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from miwv_fast.chat import CHAT_DATE
+from miwv_fast.chat import CHAT_DATE, ChatTemplate
 from miwv_fast.shapes import Record, parse_record
 from miwv_fast.templates import load_template
 from miwv_fast.tokens import SegmentEncoder
@@ -242,6 +242,21 @@ def test_conversation_stands_as_the_chat_template_writes_it(template, tokenizer)
     encoder = SegmentEncoder(own)
     text = encoder.decode([*sequence.ids, sequence.targets[-1]])
     assert text.removeprefix(encoder.decode(encoder.bos)) == own.apply_chat_template(turns, tokenize=False)
+
+
+def test_conversations_of_many_lengths_are_rendered_once_each(monkeypatch):
+    rendered = []
+
+    def render(self, roles):
+        rendered.append(roles)
+        return [("", None, None)] * len(roles)
+
+    monkeypatch.setattr(ChatTemplate, "_render_uncached", render)
+    template = load_template("chat", byte_level())
+    records = [chat(*("a", "b") * turns, system=system) for turns in range(1, 81) for system in ("", "c")]
+    for record in records * 2:
+        template.alone(record)
+    assert len(rendered) == len(set(rendered)) == len(records)
 
 
 def test_blank_before_a_response_is_tokenized_with_it():

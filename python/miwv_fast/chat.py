@@ -14,6 +14,8 @@ from miwv_fast.tokens import SegmentEncoder
 # What `strftime_now` gives to chat templates that read the clock, so that a score does not depend on the day.
 CHAT_DATE = datetime.datetime(2026, 1, 1)
 _DIRECTIVES = ("%-d", "%-m", "%d", "%b", "%B", "%m", "%y", "%Y", "%a", "%A", "%H", "%I", "%M", "%S", "%p", "%j")
+# Conversations by their roles, of which data of many turns, each behind a demonstration, have thousands.
+_CACHED = 4096
 # Stands before such a template, where it shadows the clock.
 _FIXED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
@@ -39,8 +41,8 @@ class ChatTemplate:
         self.source = str(encoder.tokenizer.get_chat_template())
         check_source("the chat template", self.source)
         self._template = (_FIXED_CLOCK if "strftime_now" in self.source else "") + self.source
-        self._render = lru_cache(self._render_uncached)
-        self._allows = lru_cache(self._allows_uncached)
+        self._render = lru_cache(_CACHED)(self._render_uncached)
+        self._allows = lru_cache(_CACHED)(self._allows_uncached)
         self.end_of_turn = self._find_end_of_turn() if include_eos else None
 
     def zero_shot(self, record: Record) -> TokenSequence:
@@ -104,7 +106,9 @@ class ChatTemplate:
             blanks = "".join(blank for blank, around in padded.items() if around[place] == plain[place])
             return None if blanks == "\n " else blanks
 
-        return [(plain[place], taken(left, place), taken(right, place + 1)) for place in range(len(roles))]
+        each = [(plain[place], taken(left, place), taken(right, place + 1)) for place in range(len(roles))]
+        distinct = {written: written for written in each}  # few are: what is cached holds each of them once
+        return [distinct[written] for written in each]
 
     def _around(self, roles: tuple[str, ...], left: str = "", right: str = "") -> list[str]:
         """The template's text before the first of these messages, between them, and behind the last."""
