@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from miwv_fast import ops
 from miwv_fast.devices import choose_device
@@ -51,6 +52,19 @@ def test_another_tokenizer_for_a_loaded_pair(tmp_path):
     for given in ((model, own), str(tmp_path)):
         with pytest.raises(TypeError, match="a tokenizer is one of transformers, or its name or folder, this is 5"):
             load_model(given, tokenizer=5)
+
+
+def test_a_tokenizer_that_does_not_tell_its_control_tokens(tmp_path, monkeypatch):
+    """Where mistral-common is installed and there is a tekken.json, transformers gives such a one."""
+    own = byte_level()
+    model = tiny_model("llama", len(own))
+    model.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    own.__class__ = type("MistralCommonBackend", (type(own),), {"added_tokens_decoder": lambda self: {}})
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: own)
+    for given in (tmp_path, (model, own)):
+        with pytest.raises(ValueError, match=r"a MistralCommonBackend, .* that has a tokenizer\.json"):
+            load_model(given)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -18,6 +18,7 @@ from miwv_fast.fingerprint import hash_weights
 from miwv_fast.head import Scored, positions_at_a_time
 from miwv_fast.probe import agree, find_head
 from miwv_fast.shapes import shorten
+from miwv_fast.tokens import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -313,19 +314,22 @@ def load_tokenizer(own: Any, tokenizer: Any = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     chosen = own if tokenizer is None else tokenizer
-    if not isinstance(chosen, str | Path):
-        if not isinstance(chosen, PreTrainedTokenizerBase) and chosen is not NO_TOKENIZER:
-            raise TypeError(f"a tokenizer is one of transformers, or its name or folder, this is {chosen!r:.80}")
+    if chosen is NO_TOKENIZER:
         return chosen
-    folder, extra = _locate(chosen)
-    # Of some kinds an empty one would be made.
-    files = ("*token*", "*vocab*", "*.model", "tekken.json")
-    if Path(folder).is_dir() and not extra and not any(any(Path(folder).glob(name)) for name in files):
-        raise ValueError(
-            f"cannot load the tokenizer {folder!r}: there is none in this folder; give one as tokenizer (--tokenizer), "
-            "such as the name of the model that it was trained from"
-        )
-    return _load(AutoTokenizer, "tokenizer", folder, extra)
+    if isinstance(chosen, str | Path):
+        folder, extra = _locate(chosen)
+        # Of some kinds an empty one would be made.
+        files = ("*token*", "*vocab*", "*.model", "tekken.json")
+        if Path(folder).is_dir() and not extra and not any(any(Path(folder).glob(name)) for name in files):
+            raise ValueError(
+                f"cannot load the tokenizer {folder!r}: there is none in this folder; give one as tokenizer "
+                "(--tokenizer), such as the name of the model that it was trained from"
+            )
+        chosen = _load(AutoTokenizer, "tokenizer", folder, extra)
+    elif not isinstance(chosen, PreTrainedTokenizerBase):
+        raise TypeError(f"a tokenizer is one of transformers, or its name or folder, this is {chosen!r:.80}")
+    check_tokenizer(chosen)
+    return chosen
 
 
 def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -150,6 +150,15 @@ class SegmentEncoder:
     def _pattern(self, spelling: str) -> str:
         token = self._controls[spelling][1]
         return (r"\s*" if token.lstrip else "") + re.escape(spelling) + (r"\s*" if token.rstrip else "")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError for one that does not tell its control tokens, as that of mistral-common."""
+    if not isinstance(getattr(tokenizer, "added_tokens_decoder", None), Mapping):
+        raise ValueError(
+            f"the tokenizer, a {type(tokenizer).__name__}, does not tell its control tokens; give as tokenizer "
+            "(--tokenizer) a repository or folder that has a tokenizer.json and no tekken.json"
+        )
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
