@@ -35,8 +35,9 @@ else:
 
 with atheris.instrument_imports(include=["miwv_fast"]) if atheris else nullcontext():
     import miwv_fast.json_array
+    from miwv_fast.fields import MalformedRecord
     from miwv_fast.records import read_records
-    from miwv_fast.shapes import MalformedRecord, Record, Turn, parse_record
+    from miwv_fast.shapes import Record, Turn, parse_record
     from miwv_fast.sources import open_source
     from miwv_fast.templates import PairTemplate, Template, load_template
     from miwv_fast.tokens import SegmentEncoder

@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 
 import fuzz_records
 from miwv_fast import formats, json_array, ops, sandbox, sources, unpack
+from miwv_fast.fields import MalformedRecord
 from miwv_fast.records import read_records
-from miwv_fast.shapes import MalformedRecord, parse_record
+from miwv_fast.shapes import parse_record
 from miwv_fast.sources import open_source
 from miwv_fast.templates import load_template
 from miwv_fast.tokens import SegmentEncoder

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miwv_fast import records as records_module
+from miwv_fast.fields import MalformedRecord
 from miwv_fast.records import read_records
 from miwv_fast.rejections import Rejection, Rejections
-from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, MalformedRecord, Record, Turn, parse_record
+from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, Record, Turn, parse_record
 from miwv_fast.sources import open_source
 
 

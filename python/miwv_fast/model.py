@@ -14,10 +14,10 @@ import torch
 
 from miwv_fast.assembly import TokenSequence
 from miwv_fast.devices import DTYPES, choose_device, choose_dtype, to_device
+from miwv_fast.fields import shorten
 from miwv_fast.fingerprint import hash_weights
 from miwv_fast.head import Scored, positions_at_a_time
 from miwv_fast.probe import agree, find_head
-from miwv_fast.shapes import shorten
 from miwv_fast.tokens import check_tokenizer
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from miwv_fast.fields import MalformedRecord, shorten
 from miwv_fast.formats import Row
 from miwv_fast.rejections import Rejection, Rejections
-from miwv_fast.shapes import MalformedRecord, Record, Turn, parse_record, read_id, shorten
+from miwv_fast.shapes import Record, Turn, parse_record, read_id
 from miwv_fast.sources import Source
 
 # Characters of a malformed row that its rejection keeps; the row itself stays where it came from.

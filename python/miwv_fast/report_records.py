@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from miwv_fast.fields import MalformedRecord
 from miwv_fast.formats import Row
-from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, MalformedRecord, parse_record
+from miwv_fast.shapes import PAIRS, SYSTEM_FIELDS, parse_record
 
 MAX_GROUPS = 30
 # Of each text, and of all turns of a record together.

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
+
+from miwv_fast.fields import (
+    MalformedRecord,
+    as_list,
+    check_text,
+    describe,
+    is_empty,
+    is_list,
+    is_null,
+    name_fields,
+    read_text,
+    show,
+)
 
 _ROLES = {
     "system": "system",
@@ -17,10 +28,6 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-
-
-class MalformedRecord(ValueError):
-    """A row that is not an instruction record; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +81,21 @@ def parse_record(value: object, index: int = 0) -> Record:
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
     """
     if not isinstance(value, Mapping):
-        raise MalformedRecord(f"a record is an object with named fields, this is {_describe(value)}")
+        raise MalformedRecord(f"a record is an object with named fields, this is {describe(value)}")
     record_id = _own_id(value.get("id"))
     shape, system_name = recognize(value), system_field(value)
-    beside = _text(value, system_name) if system_name else ""
+    beside = read_text(value, system_name) if system_name else ""
     if isinstance(shape, Pair) and shape.is_conversation(value):
-        prompt, response = (_as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
+        prompt, response = (as_list(value[name], name, "messages") for name in (shape.instruction, shape.response))
         if not _answers(response, message_keys(prompt)[0]):
             raise MalformedRecord(f"{shape.response!r} has no assistant message")
         system, turns = _read_conversation([*prompt, *response], str(shape))
     elif isinstance(shape, Pair):
-        input = "\n".join(filter(None, (_text(value, name) for name in shape.inputs)))
-        turn = Turn(_text(value, shape.instruction), input, _text(value, shape.response))
+        input = "\n".join(filter(None, (read_text(value, name) for name in shape.inputs)))
+        turn = Turn(read_text(value, shape.instruction), input, read_text(value, shape.response))
         return Record(index, record_id, beside, (*_read_history(value.get("history")), turn))
     else:
-        messages = _as_list(value[shape], shape, "messages")
+        messages = as_list(value[shape], shape, "messages")
         if shape == "conversations" and all(isinstance(message, str) for message in messages):  # LIMA
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
         system, turns = _read_conversation(messages, shape)
@@ -112,7 +119,7 @@ class Pair:
 
     def is_conversation(self, value: Mapping[str, Any]) -> bool:
         """Whether a record of this shape has messages in place of texts, as TRL's conversational form has."""
-        return self.instruction == "prompt" and _is_list(value.get("prompt"))
+        return self.instruction == "prompt" and is_list(value.get("prompt"))
 
 
 # The first of which a record has instruction and response counts.
@@ -138,7 +145,7 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
     >>> recognize({"prompt": "Hi", "response": "Hello"})
     Pair(instruction='prompt', inputs=(), response='response')
     """
-    present = {key for key, item in value.items() if not (_is_null(item) or (isinstance(item, list) and not item))}
+    present = {key for key, item in value.items() if not (is_null(item) or (isinstance(item, list) and not item))}
     conversations = ("messages", "conversations")
     if found := [name for name in conversations if name in present]:
         return found[0]
@@ -150,17 +157,16 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
             return "conversation"
     if found := [name for name in conversations if name in value]:
         return found[0]
-    keys = ", ".join(shorten(_printable(str(key)), 40) for key in list(value)[:8]) or "none"
     raise MalformedRecord(
         "its fields name no known shape; expected instruction and output or response, prompt and completion or "
         "response, question and answer or response, query and response, problem and solution, messages, "
-        f"conversations, or conversation, found: {keys}"
+        f"conversations, or conversation, found: {name_fields(value)}"
     )
 
 
 def system_field(value: Mapping[str, Any]) -> str | None:
     """Where a system text beside the rest stands: the first of SYSTEM_FIELDS that is not empty, None if all are."""
-    return next((name for name in SYSTEM_FIELDS if not _is_empty(value.get(name))), None)
+    return next((name for name in SYSTEM_FIELDS if not is_empty(value.get(name))), None)
 
 
 def read_id(value: object) -> str | None:
@@ -181,7 +187,7 @@ def _own_id(value: object) -> str | None:
         text = str(value)
     except ValueError as error:
         raise MalformedRecord(f"'id' cannot be written: {error}") from None
-    _check_text("id", text)
+    check_text("id", text)
     return text
 
 
@@ -204,11 +210,11 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
     for position, message in enumerate(messages[: answers[-1] + 1] if answers else messages):
         where = f"{name}[{position}]"
         if not isinstance(message, Mapping):
-            raise MalformedRecord(f"{where} should be an object, it is {_describe(message)}")
+            raise MalformedRecord(f"{where} should be an object, it is {describe(message)}")
         role = _role(message, role_key)
         if role is None:
             raise MalformedRecord(
-                f"{where} has {role_key} {_show(message.get(role_key))}; known are {', '.join(_ROLES)}"
+                f"{where} has {role_key} {show(message.get(role_key))}; known are {', '.join(_ROLES)}"
             )
         text = _content(message, text_key, where)
         if role == "system":
@@ -243,95 +249,26 @@ def _role(message: object, key: str) -> str | None:
 
 def _read_history(history: object) -> Iterator[Turn]:
     """Earlier turns: pairs of instruction and response."""
-    if _is_empty(history):
+    if is_empty(history):
         return
-    for position, pair in enumerate(_as_list(history, "history", "pairs")):
+    for position, pair in enumerate(as_list(history, "history", "pairs")):
         where = f"history[{position}]"
-        said = _as_list(pair, where, "an instruction and a response")
+        said = as_list(pair, where, "an instruction and a response")
         if len(said) != 2:
             raise MalformedRecord(f"{where} should be an instruction and a response, it has {len(said)} items")
         named = {"instruction": said[0], "response": said[1]}
-        yield Turn(_text(named, "instruction", where), "", _text(named, "response", where))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-
-
-def _as_list(value: Any, name: str, what: str) -> list[Any]:
-    try:
-        if _is_list(value):
-            return list(value)
-    except TypeError:  # an array without dimensions
-        pass
-    raise MalformedRecord(f"{name!r} should be a list of {what}, it is {_describe(value)}")
+        yield Turn(read_text(named, "instruction", where), "", read_text(named, "response", where))
 
 
 def _content(message: Mapping[str, Any], key: str, where: str) -> str:
     """A message's text; OpenAI's list of parts is joined where all parts are text."""
     content = message.get(key)
     if not isinstance(content, list):
-        return _text(message, key, where)
+        return read_text(message, key, where)
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind != "text":
-            raise MalformedRecord(f"{where}: only text can be scored, found a part that is {_describe(part)}")
-        parts.append(_text(part, "text", where))
+            raise MalformedRecord(f"{where}: only text can be scored, found a part that is {describe(part)}")
+        parts.append(read_text(part, "text", where))
     return "".join(parts)
-
-
-def _text(value: Mapping[str, Any], key: str, where: str = "") -> str:
-    text = value.get(key)
-    name = f"{where}.{key}" if where else key
-    if _is_null(text):
-        return ""
-    if not isinstance(text, str):
-        raise MalformedRecord(f"{name!r} should be text, it is {_describe(text)}")
-    _check_text(name, text)
-    return text
-
-
-def _is_null(value: object) -> bool:
-    """Whether a field has no value: None, or NaN, which pandas puts into an empty cell."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _is_empty(value: object) -> bool:
-    """Whether a field has no value or an empty text, as an empty field of a CSV file has."""
-    return _is_null(value) or (isinstance(value, str) and not value)
-
-
-def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # Bytes that a reader could not decode stand as U+DC80 to U+DCFF.
-        escaped = "\udc80" <= text[error.start] <= "\udcff"
-        what = "bytes that are not UTF-8, or a lone surrogate" if escaped else "a lone surrogate"
-        raise MalformedRecord(f"{name!r} is not valid Unicode at character {error.start}: {what}") from None
-
-
-# A message about a value must not fail, or grow, by its size or depth.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 50, 50, 50
-
-
-def _describe(value: object) -> str:
-    return f"{type(value).__name__} {_show(value)}"
-
-
-def _show(value: object) -> str:
-    try:
-        return shorten(_printable(_SHORT.repr(value)), 60)
-    except ValueError:  # an int of more digits than Python writes
-        return "of very many digits"
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
-
-
-def shorten(text: str, characters: int) -> str:
-    """The text, or as much of its beginning as leaves room for three dots."""
-    return text if len(text) <= characters else text[: characters - 3] + "..."
