@@ -182,6 +182,9 @@ def test_names_of_role_and_text_are_looked_for_in_the_records():
         "columns": {"messages": "conversation"},
         "tags": {**MESSAGES, "system_tag": "system"},
     }
+    mixed = [{"conversation": [{"from": m["role"], "content": m["content"]} for m in openai[0]["conversation"]]}]
+    tags = llama_factory_entry("s.jsonl", mixed)["tags"]
+    assert tags == {**MESSAGES, "role_tag": "from", "system_tag": "system"}
     with pytest.raises(ValueError, match=r"2 names of role and text \(\('from', 'value'\), \('role', 'content'\)\)"):
         llama_factory_entry("s.jsonl", [*openai, {"conversation": make_rows("sharegpt", 1)[0]["conversations"]}])
 

@@ -49,6 +49,11 @@ def messages(*pairs, role="role", text="content"):
         {"conversations": messages(("user", "Add"), ("assistant", "3"))},
         {"messages": messages(("human", "Add"), ("gpt", "3"), role="from", text="value")},
         {"messages": [{"role": "user", "content": "Add", "from": None}, {"role": "assistant", "content": "3"}]},
+        {"conversations": messages(("user", "Add"), ("assistant", "3"), text="value")},
+        {"conversations": messages(("human", "Add"), ("gpt", "3"), role="from")},
+        {"messages": messages(("user", "Add"), ("assistant", "3"), text="text")},
+        {"messages": [m | {"content": None} for m in messages(("user", "Add"), ("assistant", "3"), text="value")]},
+        {"messages": [{"role": "system", "content": None}, *messages(("user", "Add"), ("assistant", "3"))]},
         {"conversation": messages(("user", "Add"), ("assistant", "3")), "language": "English"},
         {"conversation": "Human: Subtract", "instruction": "Add", "output": "3"},
         {"conversations": ["Add", "3"], "source": "wiki"},
@@ -191,6 +196,12 @@ def test_empty_cells_of_pandas():
     assert not any(record.system for record in records)
 
 
+def test_a_conversation_without_any_text_is_empty():
+    for role, text in (("role", "content"), ("from", "value"), ("role", "value"), ("from", "text")):
+        record = parse_record({"messages": messages(("user", None), ("assistant", None), role=role, text=text)})
+        assert record.turns == (Turn("", "", ""),)
+
+
 def test_text_is_never_stripped():
     record = parse_record({"instruction": " a\n", "input": "\t", "output": " b "})
     assert record.turns == (Turn(" a\n", "\t", " b "),)
@@ -211,6 +222,15 @@ def test_text_is_never_stripped():
         ({"messages": ["hello"]}, r"messages\[0\] should be an object"),
         ({"messages": messages(("tool", "a"))}, "role 'tool'"),
         ({"messages": messages(("user", 1), ("assistant", "b"))}, r"messages\[0\].content"),
+        (
+            {"messages": messages(("user", "a"), ("assistant", "b"), text="body")},
+            r"messages\[0\] should have its text in 'content', found: role, body",
+        ),
+        ({"messages": messages(("human", "a"), role="from", text="x")}, "its text in 'value', found: from, x"),
+        (
+            {"messages": [*messages(("user", "a")), *messages(("assistant", "b"), text="value")]},
+            r"messages\[1\] should have its text in 'content', found: role, value",
+        ),
         ({"messages": messages(("assistant", "a"))}, "follows no user message"),
         ({"messages": messages(("user", "a"), ("user", "b"), ("assistant", "c"))}, "two user messages"),
         ({"messages": messages(("user", "a"), ("system", "c"), ("assistant", "b"))}, "only come first"),
@@ -236,7 +256,10 @@ def test_malformed(row, message):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text"]), inner)
+    ),
     max_leaves=8,
 )
 CONVERSATIONS = ("messages", "conversations", "conversation")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -28,6 +29,8 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+# The names of a message's role, and beside each those of its text, the usual one first.
+_TEXT_KEYS = {"role": ("content", "value", "text"), "from": ("value", "content", "text")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +194,24 @@ def _own_id(value: object) -> str | None:
     return text
 
 
-def message_keys(messages: Iterable[object]) -> tuple[str, str]:
-    """The names of a message's role and text, told by the first: ShareGPT's, `from` and `value`, or OpenAI's.
+def message_keys(messages: Sequence[object]) -> tuple[str, str]:
+    """The names of a message's role and text, told by the first that has them.
+
+    They are OpenAI's `role` and `content`, ShareGPT's `from` and `value`, one of each, or `text`.
 
     >>> message_keys([{"role": "user", "content": "Hi"}])
     ('role', 'content')
     """
-    first = next(iter(messages), None)
-    sharegpt = isinstance(first, Mapping) and "from" in first and first.get("role") is None
-    return ("from", "value") if sharegpt else ("role", "content")
+    role = _first_key(messages, tuple(_TEXT_KEYS))
+    return role, _first_key(messages, _TEXT_KEYS[role])
+
+
+def _first_key(messages: Sequence[object], names: Sequence[str]) -> str:
+    """The first of these names under which a message has a value, or has nothing, otherwise the first of all."""
+    objects = [message for message in messages if isinstance(message, Mapping)]
+    held = (name for message in objects for name in names if not is_null(message.get(name)))
+    there = (name for message in objects for name in names if name in message)
+    return next(chain(held, there, names))
 
 
 def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tuple[Turn, ...]]:
@@ -216,6 +228,8 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
             raise MalformedRecord(
                 f"{where} has {role_key} {show(message.get(role_key))}; known are {', '.join(_ROLES)}"
             )
+        if text_key not in message:
+            raise MalformedRecord(f"{where} should have its text in {text_key!r}, found: {name_fields(message)}")
         text = _content(message, text_key, where)
         if role == "system":
             if position:
