@@ -49,6 +49,7 @@ KEYS = (
     *("instruction", "input", "output", "prompt", "completion", "response", "messages", "conversations"),
     *("system", "history", "context", "id", "role", "from", "content", "value", "type", "text", "\ud800", ""),
     *("question", "answer", "query", "problem", "solution", "conversation", "system_prompt"),
+    *("inputs", "targets", "definition", "generated_solution", "data"),
 )
 TEXTS = (
     *("", " ", "\n", "a", "\0", "\ud800", "\u2028", "\ufeff", "\ufdd00\ufdd1", "😀", "e\u0301", "x" * 300, "0"),

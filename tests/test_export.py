@@ -209,10 +209,41 @@ def test_conversations_that_llama_factory_would_leave_out():
     assert llama_factory_records([{"conversations": ["Hi there", "Yes?"], "source": "a"}]) == [
         {"source": "a", "messages": texts}
     ]
+    assert llama_factory_records([{"data": ["Hi there", "Yes?", "Bye"]}]) == [{"messages": texts}]
+    assert llama_factory_records([{"conversation": [{"input": "Hi there", "output": "Yes?"}], "source": "a"}]) == [
+        {"source": "a", "messages": texts}
+    ]
+    for behind in ({"content": "Bye"}, None):  # which nobody reads
+        assert llama_factory_records([{"messages": [*texts, behind]}]) == [{"messages": texts}]
     conversational = {"prompt": [{"role": "user", "content": "Hi"}], "completion": answered[1:], "source": "b"}
     pair, last = llama_factory_records([*make_rows("alpaca", 1), conversational])
     assert last == {"source": "b", "messages": [{"role": "user", "content": "Hi"}, answered[1]]}
     assert [m["role"] for m in pair["messages"]] == ["user", "assistant"] and "output" not in pair
+
+
+@pytest.mark.parametrize(
+    "prompt, response",
+    [("query", "answer"), ("problem", "generated_solution"), ("inputs", "targets"), ("input", "output")],
+)
+def test_pairs_go_to_the_trainers(prompt, response):
+    rows = [{prompt: "a", response: "b", "source": "c"}]
+    assert llama_factory_records(rows) == rows
+    assert llama_factory_entry("s.jsonl", rows)["columns"] == {"prompt": prompt, "response": response}
+    assert trl_records(rows, {"name": "chat", "source": ""}) == [
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    ]
+
+
+def test_names_of_roles_go_to_the_trainers():
+    said = [[("prompter", "a"), (name, "b")] for name in ("model", "bard")]
+    rows = [{"messages": [{"role": role, "text": text} for role, text in pair]} for pair in said]
+    assert llama_factory_records(rows[:1]) == rows[:1]
+    tags = llama_factory_entry("s.jsonl", rows[:1])["tags"]
+    assert (tags["content_tag"], tags["user_tag"], tags["assistant_tag"]) == ("text", "prompter", "model")
+    with pytest.raises(ValueError, match=r"2 names for assistant_tag \(bard, model\), LLaMA-Factory reads one"):
+        llama_factory_entry("s.jsonl", rows)
+    expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert [row["messages"] for row in trl_records(rows, {"name": "chat", "source": ""})] == [expected] * 2
 
 
 def test_the_field_of_an_input_is_looked_for_in_the_records():
@@ -252,6 +283,8 @@ def test_trl_records():
     assert first["completion"] == [{"role": "assistant", "content": rows[1]["output"]}]
     talk = make_rows("messages", 3)
     assert [row["messages"] for row in trl_records(talk, alpaca)] == [row["messages"] for row in talk]
+    others = [{"data": ["a", "b"]}, {"conversation": [{"input": "a", "output": "b"}]}]
+    assert [[m["content"] for m in row["messages"]] for row in trl_records(others, alpaca)] == [["a", "b"]] * 2
     mixed = trl_records([*talk, *rows, *make_rows("sharegpt", 2)], alpaca)
     assert {name for row in mixed for name in row} == {"messages"}
 

@@ -37,6 +37,10 @@ def messages(*pairs, role="role", text="content"):
         {"system_prompt": "", "question": "Add", "response": "3"},
         {"query": "Add", "response": "3", "original_question": "Subtract"},
         {"problem": "Add", "solution": "3", "answer": "4"},
+        {"query": "Add", "answer": "3", "resource": "evol"},
+        {"problem": "Add", "generated_solution": "3", "expected_answer": "4"},
+        {"inputs": "Add", "targets": "3", "language": "English"},
+        {"input": "Add", "output": "3", "solution": "4"},
         {"instruction": "Add", "output": "3", "question": "Subtract", "answer": "4"},
         {"messages": messages(("user", "Add"), ("assistant", "3"))},
         {"messages": messages(("user", "Add"), ("assistant", "3"), ("user", "and then?"))},
@@ -58,6 +62,10 @@ def messages(*pairs, role="role", text="content"):
         {"conversation": "Human: Subtract", "instruction": "Add", "output": "3"},
         {"conversations": ["Add", "3"], "source": "wiki"},
         {"conversations": np.array(["Add", "3", "and then?"], object)},
+        {"conversation": [{"input": "Add", "output": "3"}], "source": "wiki"},
+        {"conversations": [{"input": "Add", "output": "3", "role": None}]},
+        {"id": None, "data": ["Add", "3"]},
+        {"data": np.array(["Add", "3", "and then?"], object)},
         {"messages": None, "prompt": None, "instruction": "Add", "input": "", "output": "3"},
     ],
 )
@@ -75,6 +83,7 @@ def test_one_turn_in_every_shape(row):
         {"input": "1 2", "response": "3"},
         {"input": "1 2", "context": None, "response": "3"},
         {"instruction": None, "question": "Add", "context": "1 2", "answer": "3"},
+        {"instruction": None, "definition": "Add", "inputs": "1 2", "targets": "3"},
     ],
 )
 def test_input_is_part_of_the_embedded_text(rest):
@@ -158,6 +167,37 @@ def test_conversation_of_bare_texts():
     assert (record.turns, record.system) == ((Turn("a", "", "b"), Turn("c", "", "d")), "Be kind.")
 
 
+def test_conversation_of_pairs():
+    said = [{"input": "a", "output": "b"}, {"input": "c", "output": None}]
+    record = parse_record({"conversation": said, "system": "Be kind.", "instruction": "d"})
+    assert (record.turns, record.system) == ((Turn("a", "", "b"), Turn("c", "", "")), "Be kind.")
+
+
+@pytest.mark.parametrize("user", ["user", "human", "prompter"])
+@pytest.mark.parametrize("assistant", ["assistant", "gpt", "chatgpt", "bing", "bard", "model"])
+def test_names_of_roles(user, assistant):
+    said = messages((user, "a"), (assistant, "b"), (user, "c"), ("assistant", "d"))
+    assert parse_record({"messages": said}).turns == (Turn("a", "", "b"), Turn("c", "", "d"))
+
+
+@pytest.mark.parametrize("bare", [{"input": "a", "output": "b"}, {"data": ["a", "b"]}])
+def test_names_that_tell_little_count_alone(bare):
+    """Beside a field of another shape, even an empty one, that is the shape, or there is none."""
+    assert parse_record(bare).turns == (Turn("a", "", "b"),)
+    for other in ({"messages": messages(("user", "c"), ("assistant", "d"))}, {"question": "c", "answer": "d"}):
+        assert parse_record(bare | other).turns == (Turn("c", "", "d"),)
+    for name in ("prompt", "problem", "definition"):
+        with pytest.raises(MalformedRecord, match="no known shape"):
+            parse_record(bare | {name: None})
+    for name in CONVERSATIONS:
+        with pytest.raises(MalformedRecord, match=f"'{name}' should be a list of messages"):
+            parse_record(bare | {name: None})
+
+
+def test_without_an_instruction_alpaca_stays_alpaca():
+    assert parse_record({"instruction": None, "input": "a", "output": "b"}).turns == (Turn("", "a", "b"),)
+
+
 def test_prompt_and_completion_of_messages():
     """TRL's conversational form is the conversation that both make together."""
     said = messages(("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
@@ -236,6 +276,15 @@ def test_text_is_never_stripped():
         ({"messages": messages(("user", "a"), ("system", "c"), ("assistant", "b"))}, "only come first"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be scored"),
         ({"messages": []}, "no user message"),
+        (
+            {"conversation": [{"input": "a", "output": "b"}, {"input": "c"}]},
+            r"conversation\[1\] should be an object with input and output, it is dict {'input': 'c'}",
+        ),
+        ({"conversation": [{"input": 1, "output": "b"}]}, r"conversation\[0\].input' should be text, it is int 1"),
+        ({"data": ["a", 1]}, "no known shape"),
+        ({"data": np.array(3)}, "'data' should be a list of texts"),
+        ({"data": []}, "'data' has no user message"),
+        ({"input": [], "output": "b"}, "'input' should be text, it is list"),
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' should be a list of pairs, it is str 'c'"),
         (
             {"instruction": "a", "output": "b", "history": ["cd"]},
@@ -258,12 +307,13 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text"]), inner)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "input", "output"]), inner)
     ),
     max_leaves=8,
 )
 CONVERSATIONS = ("messages", "conversations", "conversation")
-keys = st.sampled_from(["id", *CONVERSATIONS, *SYSTEM_FIELDS, *(field for pair in PAIRS for field in pair.fields)])
+fields = [field for pair in PAIRS for field in pair.fields]
+keys = st.sampled_from(["id", "data", *CONVERSATIONS, *SYSTEM_FIELDS, *fields])
 
 
 @given(st.dictionaries(keys, json_values))

@@ -75,9 +75,10 @@ def score(
         data: Path(s) of JSON, JSONL, CSV or Parquet (also .gz, .xz, .zst), a Hugging Face data set or its name (of
             several splits `train` is read), a table of pandas, Arrow or polars, or an iterable of dicts. Records are
             Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), pairs (`prompt` with
-            `completion` or `response`, `question` with `answer` or `response`, `query` with `response`, `problem` with
-            `solution`), OpenAI `messages`, or ShareGPT `conversations` (or `conversation`); with any of them the text
-            of `system` or `system_prompt` counts, with the first two the earlier turns in `history`.
+            `completion` or `response`, `question` or `query` with `answer` or `response`, `problem` with `solution` or
+            `generated_solution`, `inputs` with `targets`, `input` with `output`), OpenAI `messages`, or ShareGPT
+            `conversations` (or `conversation`, or texts in `data`); with any of them the text of `system` or
+            `system_prompt` counts, with the first two the earlier turns in `history`.
         model: Hub name, folder, GGUF file, or a loaded `(model, tokenizer)` pair, which is used as it is: put into
             evaluation mode, and moved or converted where `device` or `dtype` say so. Its tokenizer may be a name.
         tokenizer: A tokenizer, or its name or folder, where it is not the model's own.

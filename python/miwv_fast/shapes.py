@@ -21,13 +21,11 @@ from miwv_fast.fields import (
     show,
 )
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
+# The usual name of each role first.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
 # The names of a message's role, and beside each those of its text, the usual one first.
 _TEXT_KEYS = {"role": ("content", "value", "text"), "from": ("value", "content", "text")}
@@ -75,10 +73,11 @@ def parse_record(value: object, index: int = 0) -> Record:
 
     Shapes: Alpaca (`instruction`, `input`, `output`, or Dolly's `context` and `response`), a pair such as `prompt` with
     `completion` or `response`, which may be lists of messages, or `question` with `answer` (PAIRS has all), OpenAI
-    `messages`, ShareGPT `conversations` (or `conversation`), with either's names for role and text, or bare texts by
-    turns; with any of them the text of `system` or `system_prompt`, unless the conversation has its own, and with
-    the first two the turns of `history` before it, a list of pairs, as LLaMA-Factory has it. Raises MalformedRecord (a
-    ValueError) that says what is wrong.
+    `messages`, ShareGPT `conversations` (or `conversation`), with either's names for role and text, bare texts by
+    turns, or objects of `input` and `output`; with any of them the text of `system` or `system_prompt`, unless the
+    conversation has its own, and with the first two the turns of `history` before it, a list of pairs, as
+    LLaMA-Factory has it. Where nothing of these is there, `input` with `output`, or texts by turns in `data`. Raises
+    MalformedRecord (a ValueError) that says what is wrong.
 
     >>> parse_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns
     (Turn(instruction='Add.', input='1 and 2', response='3'),)
@@ -99,7 +98,9 @@ def parse_record(value: object, index: int = 0) -> Record:
         return Record(index, record_id, beside, (*_read_history(value.get("history")), turn))
     else:
         messages = as_list(value[shape], shape, "messages")
-        if shape == "conversations" and all(isinstance(message, str) for message in messages):  # LIMA
+        if messages and _is_turn(messages[0]):
+            return Record(index, record_id, beside, tuple(_read_turns(messages, shape)))
+        if shape in ("conversations", "data") and all(isinstance(message, str) for message in messages):  # LIMA
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
         system, turns = _read_conversation(messages, shape)
     return Record(index, record_id, system or beside, turns)
@@ -135,12 +136,18 @@ PAIRS = (
     Pair("question", ("context",), "response"),  # OpenOrca
     Pair("query", (), "response"),  # MetaMathQA
     Pair("problem", (), "solution"),  # NuminaMath, Magicoder
+    Pair("query", (), "answer"),  # CodeFeedback
+    Pair("problem", (), "generated_solution"),  # OpenMathInstruct-2
+    Pair("definition", ("inputs",), "targets"),  # Natural Instructions
+    Pair("inputs", (), "targets"),  # Aya, FLAN, xP3
 )
+# Names that tell little: those of OpenCodeInstruct and UltraChat, which count where nothing else tells the shape.
+_BARE_PAIR, _BARE_TEXTS = Pair("input", (), "output"), "data"
 SYSTEM_FIELDS = ("system", "system_prompt")
 
 
 def recognize(value: Mapping[str, Any]) -> Pair | str:
-    """A record's shape: a pair, or the field of a conversation: `messages`, `conversations` or `conversation`.
+    """A record's shape: a pair, or the field of a conversation: `messages`, `conversations`, `conversation` or `data`.
 
     Fields without a value, NaN and empty lists included, count where no shape has all of its own: a table of several
     shapes has nulls. Raises MalformedRecord if it has none of the four.
@@ -160,10 +167,15 @@ def recognize(value: Mapping[str, Any]) -> Pair | str:
             return "conversation"
     if found := [name for name in conversations if name in value]:
         return found[0]
+    if not any(pair.instruction in value for pair in PAIRS):
+        if _BARE_PAIR.instruction in value and _BARE_PAIR.response in value:
+            return _BARE_PAIR
+        texts = value.get(_BARE_TEXTS)
+        if is_list(texts) and all(isinstance(text, str) for text in as_list(texts, _BARE_TEXTS, "texts")):
+            return _BARE_TEXTS
     raise MalformedRecord(
-        "its fields name no known shape; expected instruction and output or response, prompt and completion or "
-        "response, question and answer or response, query and response, problem and solution, messages, "
-        f"conversations, or conversation, found: {name_fields(value)}"
+        f"its fields name no known shape; expected {', '.join(map(str, PAIRS))}, messages, conversations or "
+        f"conversation, or else {_BARE_PAIR}, or texts in {_BARE_TEXTS}, found: {name_fields(value)}"
     )
 
 
@@ -225,9 +237,7 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
             raise MalformedRecord(f"{where} should be an object, it is {describe(message)}")
         role = _role(message, role_key)
         if role is None:
-            raise MalformedRecord(
-                f"{where} has {role_key} {show(message.get(role_key))}; known are {', '.join(_ROLES)}"
-            )
+            raise MalformedRecord(f"{where} has {role_key} {show(message.get(role_key))}; known are {', '.join(ROLES)}")
         if text_key not in message:
             raise MalformedRecord(f"{where} should have its text in {text_key!r}, found: {name_fields(message)}")
         text = _content(message, text_key, where)
@@ -251,6 +261,24 @@ def _read_conversation(messages: Sequence[object], name: str) -> tuple[str, tupl
     return system, tuple(turns)
 
 
+def _is_turn(value: object) -> bool:
+    """Whether a prompt and its answer stand in one object, as in Capybara."""
+    return (
+        isinstance(value, Mapping)
+        and "input" in value
+        and "output" in value
+        and all(is_null(value.get(role)) for role in _TEXT_KEYS)
+    )
+
+
+def _read_turns(turns: Sequence[Any], name: str) -> Iterator[Turn]:
+    for position, turn in enumerate(turns):
+        where = f"{name}[{position}]"
+        if not _is_turn(turn):
+            raise MalformedRecord(f"{where} should be an object with input and output, it is {describe(turn)}")
+        yield Turn(read_text(turn, "input", where), "", read_text(turn, "output", where))
+
+
 def _answers(messages: Sequence[object], role_key: str) -> list[int]:
     """The places of the assistant's messages."""
     return [place for place, message in enumerate(messages) if _role(message, role_key) == "assistant"]
@@ -258,7 +286,7 @@ def _answers(messages: Sequence[object], role_key: str) -> list[int]:
 
 def _role(message: object, key: str) -> str | None:
     said = message.get(key) if isinstance(message, Mapping) else None
-    return _ROLES.get(said) if isinstance(said, str) else None
+    return ROLES.get(said) if isinstance(said, str) else None
 
 
 def _read_history(history: object) -> Iterator[Turn]:

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 from miwv_fast.export import write_records
 from miwv_fast.files import write_atomically
-from miwv_fast.shapes import SYSTEM_FIELDS, Pair, Record, message_keys, parse_record, recognize, system_field
+from miwv_fast.shapes import ROLES, SYSTEM_FIELDS, Pair, Record, message_keys, parse_record, recognize, system_field
 from miwv_fast.templates import compile_pair
 
 _T = TypeVar("_T")
 
 TRAINERS = ("llama-factory", "trl")
-_SYSTEM = ("system", "developer")
 
 
 def check_trainer(trainer: str, kind: str) -> None:
@@ -57,8 +56,8 @@ def write_for_trainer(
 def llama_factory_records(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The records as they came, unless one is a conversation that LLaMA-Factory leaves out or stops at.
 
-    That is one whose last turn nobody answers, of bare texts or with one in parts, or in TRL's form. Then all records
-    become `messages` of text, up to the last answer, with their other fields.
+    That is one whose last turn nobody answers, of bare texts, of pairs, or with a text in parts, or in TRL's form. Then
+    all records become `messages` of text, up to the last answer, with their other fields.
     """
     if all(map(_is_plain, rows)):
         return rows
@@ -73,11 +72,12 @@ def _is_plain(row: Mapping[str, Any]) -> bool:
     shape = recognize(row)
     if isinstance(shape, Pair):
         return not shape.is_conversation(row)
-    if any(isinstance(message, str) for message in row[shape]):
-        return False
     role, content = message_keys(row[shape])
-    said = [message for message in row[shape] if message[role] not in _SYSTEM]
-    return len(said) == 2 * len(parse_record(row).turns) and all(isinstance(m.get(content), str) for m in row[shape])
+    if not all(isinstance(m, Mapping) and isinstance(m.get(content), str) for m in row[shape]):
+        return False
+    said = [message.get(role) for message in row[shape]]
+    asked = said[1:] if ROLES.get(said[0]) == "system" else said
+    return len(asked) == 2 * len(parse_record(row).turns)
 
 
 def _fields(shape: Pair | str) -> tuple[str, ...]:
@@ -99,11 +99,8 @@ def llama_factory_entry(file: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
         role, content = _one([message_keys(row[shape]) for row in rows], "names of role and text")
         said = [message[role] for row in rows for message in row[shape]]
         tags = {"role_tag": role, "content_tag": content}
-        for tag, names in (
-            ("user_tag", ("user", "human")),
-            ("assistant_tag", ("assistant", "gpt")),
-            ("system_tag", _SYSTEM),
-        ):
+        for meant in ("user", "assistant", "system"):
+            names, tag = [name for name in ROLES if ROLES[name] == meant], f"{meant}_tag"
             tags[tag] = _one([name for name in said if name in names] or [names[0]], f"names for {tag}")
         columns = {"messages": shape, **system}
         return {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": tags}
