@@ -88,6 +88,22 @@ def test_score_and_select(workplace):
     assert chosen == [rows[i] for i in best]
 
 
+def test_records_on_standard_output(workplace, monkeypatch, capfd):
+    """Nothing but records goes there, behind what a file that it was appended to held."""
+    if not (workplace / "run").exists():
+        assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    options = "select", "run", "--top", "5", "--dedup", "0.5", "--format", "jsonl", "--output", "/dev/stdout"
+    os.write(1, b'{"precious": 1}\n')  # pytest has a file there
+    status, out, err = call(monkeypatch, capfd, workplace, *options)
+    assert status == 0 and "near-duplicates of" in err and "wrote 5 of 10 records to /dev/stdout" in err
+    first, *rows = map(json.loads, out.splitlines())
+    assert first == {"precious": 1} and len(rows) == 5
+    status, out, err = call(monkeypatch, capfd, workplace, "report", "run", "--output", "/dev/stdout")
+    assert status == 0 and out.startswith("<!doctype html>") and err == "wrote /dev/stdout\n"
+    status, _, err = call(monkeypatch, capfd, workplace, *options, "--trainer", "trl")
+    assert status == 2 and "trl reads files: give one instead of /dev/stdout" in err
+
+
 def test_select_for_a_trainer(workplace, monkeypatch, capfd):
     if not (workplace / "run").exists():
         assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0

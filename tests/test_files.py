@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 
 import miwv_fast
 from miwv_fast import lock
-from miwv_fast.files import Location, write_jsonl
+from miwv_fast.files import Location, find_descriptor, write_jsonl
 from miwv_fast.lock import Lock, read_holder
 from miwv_fast.store import run_status
 from support import byte_level, text_embedder, tiny_model
@@ -154,6 +156,45 @@ def test_links_and_pipes(tmp_path):
         read = pool.submit((tmp_path / "pipe").read_bytes)
         Location(tmp_path / "pipe").write_bytes(b"through")
         assert read.result() == b"through" and (tmp_path / "pipe").is_fifo()
+
+
+def test_what_is_open_already_is_written_to_and_not_replaced(tmp_path):
+    """Behind /dev/stdout may be a file that holds more, and is to get more."""
+    (tmp_path / "all").write_bytes(b"precious\n")
+    with (tmp_path / "all").open("ab") as stream:
+        for place in (f"/dev/fd/{stream.fileno()}", f"/proc/self/fd/{stream.fileno()}"):
+            (tmp_path / "link").unlink(missing_ok=True)
+            (tmp_path / "link").symlink_to(place)
+            for path in (place, tmp_path / "link"):
+                assert find_descriptor(Path(path)) == stream.fileno()
+                Location(path).write_bytes(b"new\n")
+        os.write(stream.fileno(), b"last\n")
+    assert (tmp_path / "all").read_bytes() == b"precious\n" + 4 * b"new\n" + b"last\n"
+    assert find_descriptor(tmp_path / "all") is None and find_descriptor(Path("/dev/null")) is None
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("link")
+    assert find_descriptor(tmp_path / "link") is None
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+def test_a_file_system_that_cannot_sync_a_folder(tmp_path, monkeypatch, number):
+    """The file is there: only that the disk fails is an error."""
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with nullcontext() if number != errno.EIO else pytest.raises(OSError, match=os.strerror(number)):
+        Location(tmp_path / "a").write_bytes(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("letter", ["a", "ü", "日"])
+def test_names_as_long_as_names_may_be(tmp_path, letter):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    Location(path).write_bytes(b"new")
+    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_urls_that_cannot_be_used():

@@ -186,12 +186,16 @@ def select(
     Example: miwv-fast select run --top 5% --dedup 0.95 --per source --output subset.jsonl
     """
     from miwv_fast.export import check_not_lost, choose_format, write_records
+    from miwv_fast.files import find_descriptor
     from miwv_fast.saved import load_scores
     from miwv_fast.trainers import check_trainer, write_for_trainer
 
     kind = choose_format(output, format)
+    piped = find_descriptor(output) is not None  # what is told of the records must not stand among them
     if trainer is not None:
         check_trainer(trainer, kind)
+        if piped:
+            raise ValueError(f"{trainer} reads files: give one instead of {output}")
     scores = load_scores(run, data)
     check_not_lost(output, scores.source, run)
     chosen = scores.choose(
@@ -203,25 +207,26 @@ def select(
     )
     rows = scores.rows(chosen.records)
     if dedup is not None:
-        _show_duplicates(chosen.duplicates)
+        _show_duplicates(chosen.duplicates, piped)
     if trainer is None:
         write_records(output, rows, kind)
         command = None
     else:
         command = write_for_trainer(trainer, output, rows, kind, scores.manifest)
-    typer.echo(f"wrote {len(rows)} of {len(scores)} records to {output}")
+    typer.echo(f"wrote {len(rows)} of {len(scores)} records to {output}", err=piped)
     if command:
-        typer.echo(f"next: {command}")
+        typer.echo(f"next: {command}", err=piped)
 
 
-def _show_duplicates(duplicates: Duplicates) -> None:
-    typer.echo(f"left out {len(duplicates)} near-duplicates of better records")
+def _show_duplicates(duplicates: Duplicates, piped: bool) -> None:
+    typer.echo(f"left out {len(duplicates)} near-duplicates of better records", err=piped)
     shown = min(len(duplicates), 10)
     for place in range(shown):
         similarity = duplicates.similarity[place]
-        typer.echo(f"  record {duplicates.records[place]}: like {duplicates.kept[place]}, cosine {similarity:.4f}")
+        line = f"  record {duplicates.records[place]}: like {duplicates.kept[place]}, cosine {similarity:.4f}"
+        typer.echo(line, err=piped)
     if len(duplicates) > shown:
-        typer.echo(f"  ... and {len(duplicates) - shown} more")
+        typer.echo(f"  ... and {len(duplicates) - shown} more", err=piped)
 
 
 @app.command()
@@ -239,12 +244,15 @@ def report(
 ) -> None:
     """Writes one HTML file that shows a run: open it in a browser, it needs no network."""
     from miwv_fast.export import check_not_lost
+    from miwv_fast.files import find_descriptor
     from miwv_fast.saved import load_scores
 
     scores = load_scores(run, data)
     check_not_lost(output, scores.source, run)
     scores.report(output, top=top, field=field, model=model, tokenizer=tokenizer, device=device)
-    typer.echo(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    piped = find_descriptor(output) is not None
+    size = "" if piped else f", {output.stat().st_size / 1e6:.1f} MB"
+    typer.echo(f"wrote {output}{size}", err=piped)
 
 
 @app.command()

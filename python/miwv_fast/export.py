@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miwv_fast.files import Location, write_jsonl
+from miwv_fast.files import Location, temporary_path, write_jsonl
 from miwv_fast.sources import FileSource, Source
 from miwv_fast.store import FILES
 
@@ -106,7 +106,7 @@ def _write_datasets(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError("a datasets folder needs the package datasets: pip install 'miwv-fast[datasets]'") from None
     if folder.exists():
         raise ValueError(f"{folder} is there already; give a folder that is not, or a .jsonl or .parquet file")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = temporary_path(folder)
     try:
         columns = _columns(rows)
         with _one_column_each():

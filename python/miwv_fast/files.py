@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -252,30 +253,69 @@ def _plain(value: Any) -> Any:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside the target, brings it to disk and renames, so that nobody ever sees half a file.
 
-    A link stays a link. What is no file, such as a pipe or a terminal, is written to as it is. Raises IsADirectoryError
-    for a folder.
+    A link stays a link. What is no file, such as a pipe or a terminal, is written to as it is, and so is what this
+    process has open, such as /dev/stdout: behind that may be a file that holds more. Raises IsADirectoryError for a
+    folder.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file")
+    if (descriptor := find_descriptor(path)) is not None:
+        _write_to(descriptor, write)
+        return
     if path.exists() and not path.is_file():
         write(path)
         return
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         write(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         if error.errno is None or error.filename not in (None, os.fspath(temporary)):
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # which is what the user named
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """The name beside a file or folder under which it is written until it is whole."""
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # names have at most 255 bytes
+    return path.with_name(f".{name}.{os.getpid()}")
+
+
+def find_descriptor(path: Path) -> int | None:
+    """What this process has open under a path such as /dev/stdout, also behind links; None for any other path."""
+    while path.exists():
+        place = path.parent.resolve() / path.name
+        if place.parent == Path(f"/proc/{os.getpid()}/fd"):
+            return int(place.name)
+        if not place.is_symlink():
+            break
+        path = place.parent / os.readlink(place)
+    return None
+
+
+def _write_to(descriptor: int, write: Callable[[Path], Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="miwv-") as folder:
+        made = Path(folder) / "file"
+        write(made)
+        with made.open("rb") as source, open(descriptor, "wb", closefd=False) as target:
+            shutil.copyfileobj(source, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings a folder's names to disk, where the file system knows a way."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
