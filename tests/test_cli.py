@@ -150,7 +150,7 @@ def test_status_resume_and_fresh(workplace, monkeypatch, capfd):
     status, _, error = call(monkeypatch, capfd, workplace, *SCORE, "again", "--template", "plain")
     assert status == 2 and "template.name" in error and "Traceback" not in error
     fresh = run(workplace, *SCORE, "again", "--template", "plain", "--fresh")
-    assert fresh.returncode == 0 and "moved the old run to again.old-1" in fresh.stderr
+    assert fresh.returncode == 0 and f"moved the old run to {workplace}/again.old-1" in fresh.stderr
     status, _, error = call(monkeypatch, capfd, workplace, "status", "nowhere")
     assert status == 2 and "no run at nowhere" in error
 

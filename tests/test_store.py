@@ -5,6 +5,7 @@ pytest tests/test_store.py --faults 200      kills as many runs at random moment
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +17,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import pytest
 import torch
 
 import miwv_fast
-from miwv_fast import _core, embedding, formats, job, neighbors
+from miwv_fast import _core, embedding, formats, job, neighbors, stopping
 from miwv_fast.errors import Interrupted
 from miwv_fast.files import Location
 from miwv_fast.lock import Lock
@@ -599,6 +602,84 @@ def test_nobody_starts_in_a_run_that_is_being_moved_aside(tmp_path, monkeypatch,
     old = Location(f"{run}.old-1")
     assert (old / "manifest.json").read_json() == {"model": "old"} and (old / "parts").names() == ["x"]
     assert (Location(run) / "manifest.json").read_json() == {"model": "new"}
+
+
+def test_a_run_is_moved_aside_wherever_it_lies(tmp_path, monkeypatch):
+    """Where it is the present folder, or behind a link; what else lies there stays."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/run")
+    Run(tmp_path / "disk" / "run", {"model": 0}).close()
+    (tmp_path / "disk" / "run" / "mine.jsonl").touch()
+    monkeypatch.chdir(tmp_path / "disk" / "run")
+    for number, place in enumerate((".", tmp_path / "link"), 1):
+        Run(place, {"model": number}, resume=False).close()
+        aside = tmp_path / "disk" / f"run.old-{number}"
+        assert json.loads((aside / "manifest.json").read_text()) == {"model": number - 1}
+        assert [path.name for path in aside.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["lock", "manifest.json", "mine.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_run_that_cannot_be_moved_aside(tmp_path, monkeypatch):
+    Run(tmp_path / "run", {"model": "old"}).close()
+
+    def refuse(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(target))
+
+    monkeypatch.setattr(Location, "move", refuse)
+    message = f"cannot move the old run to {tmp_path}/run.old-1: Invalid cross-device link; give another folder"
+    with pytest.raises(OSError, match=message):
+        Run(tmp_path / "run", {"model": "new"}, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    Run(tmp_path / "run", {"model": "old"}).close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path):
+    with Run(tmp_path / "run", {}):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        Run(tmp_path / "run", {}).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_signal_stops_the_run_of_the_main_thread_alone():
+    """One in another thread does not take it, nor does it, by ending first, make it stop the other at once."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def run():
+        with stopping.finishing() as came:
+            begun.set()
+            ended.wait(60)
+            return came()
+
+    with ThreadPoolExecutor(2) as pool, stopping._handlers(), stopping.finishing() as came:
+        other = pool.submit(run)
+        begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.set()
+        assert not other.result(60) and came()
+    with ThreadPoolExecutor(1) as pool, stopping._handlers(), stopping.finishing() as came:
+        pool.submit(run).result(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came()
+
+
+def test_a_handler_of_others_is_left_alone(monkeypatch):
+    """Who ignores signals, as behind nohup, goes on; one that is not Python's could not be put back."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    found = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else found(number))
+    try:
+        with stopping._handlers(), stopping.finishing() as came:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not came() and found(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_lock_that_cannot_be_given_back(tmp_path, monkeypatch, caplog):

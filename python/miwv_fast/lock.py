@@ -38,9 +38,10 @@ class Lock:
     def release(self) -> None:
         """Gives the lock back."""
         if self._stream is not None:
-            self._stream.truncate(0)
-            self._stream.close()
-            self._stream = None
+            stream, self._stream = self._stream, None
+            with stream:
+                stream.truncate(0)
+                fcntl.flock(stream, fcntl.LOCK_UN)  # closing alone leaves it to processes that were forked meanwhile
         elif str(self._place) in _here:
             _here.discard(str(self._place))
             self._remove_object(self._content)

@@ -48,7 +48,11 @@ def stoppable(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def finishing() -> Iterator[Callable[[], bool]]:
-    """Yields whether a signal has come; until the end of the block it waits."""
+    """Yields whether a signal has come, which it never has in threads that get none; until the end of the block it
+    waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     if _State.came:  # it was lost on its way: to a callback, which cannot raise
         raise KeyboardInterrupt
     _State.waiting = True
@@ -60,7 +64,9 @@ def finishing() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # What is ignored stays so, as behind nohup; None is a handler that is not Python's, and could not be put back.
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
     _State.came = False
 
     def note(number: int, frame: object) -> None:
@@ -71,7 +77,7 @@ def _handlers() -> Iterator[None]:
             raise KeyboardInterrupt
         _log.warning("stopping when the unit at hand is finished; once more stops at once")
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +54,7 @@ FILES = {
     *("manifest.json", "embeddings.npy", "neighbors.parquet", "plan.json"),
     *("rejected.jsonl", "data.jsonl", "scores.parquet"),
 }
+_FOLDERS = {"parts", "embeddings", "damaged"}
 
 _log = logging.getLogger(__name__)
 
@@ -316,13 +318,23 @@ def _is_of(result: UnitResult, unit: Unit) -> bool:
 
 
 def _move_aside(folder: Location) -> None:
+    """Moves a run's own files, and no others, to a new folder beside it."""
+    if folder.local:
+        folder = Location(folder.local.resolve())  # "." has no name, and a link may lead to another file system
     number = 1
     while (aside := folder.parent / f"{folder.name}.old-{number}").exists():
         number += 1
-    aside.make_folder()
-    # The lock stays, and is held meanwhile; without a manifest what is left would be no run.
-    for name in sorted(set(folder.names()) - _LOCKS, key=lambda name: (name == "manifest.json", name)):
-        (folder / name).move(aside / name)
+    own = (FILES - _LOCKS | _FOLDERS) & set(folder.names())
+    try:
+        aside.make_folder()
+        # The lock stays, and is held meanwhile; without a manifest what is left would be no run.
+        for name in sorted(own, key=lambda name: (name == "manifest.json", name)):
+            (folder / name).move(aside / name)
+    except OSError as error:
+        if aside.local:
+            with suppress(OSError):
+                aside.local.rmdir()  # where nothing was moved
+        raise OSError(f"cannot move the old run to {aside}: {error.strerror or error}; give another folder") from error
     _log.warning("moved the old run to %s", aside)
 
 
