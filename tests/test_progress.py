@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 import miwv_fast
+from miwv_fast.comparison import compare, show_comparison
+from miwv_fast.demo import _show_extremes
 from miwv_fast.progress import Progress, Tally
+from miwv_fast.terminal import is_terminal
 from support import text_embedder
 from test_scorer import make_rows
 
@@ -34,6 +39,19 @@ def test_a_run_that_is_watched(llama, capsys):
         "1 of 1 units, 12 of 12 records",
     ):
         assert expected in shown.err
+
+
+@pytest.mark.parametrize("stream", [None, object()])
+def test_a_host_without_terminals(llama, monkeypatch, stream):
+    """Whatever it has in the place of the streams, if anything."""
+    assert not is_terminal(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    Progress()
+    if stream is None:
+        monkeypatch.setattr(sys, "stdout", None)
+        scores = miwv_fast.score(make_rows("alpaca", 4), llama, embedder=text_embedder, progress=True)
+        show_comparison(compare(scores, scores), scores)
+        _show_extremes(scores, 2)
 
 
 def test_nobody_watches(llama, capsys):

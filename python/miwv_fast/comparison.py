@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from miwv_fast import ranker
 from miwv_fast.scores import Scores
 from miwv_fast.shapes import parse_record
-from miwv_fast.terminal import printable
+from miwv_fast.terminal import is_terminal, printable
 
 SHARES = ("1%", "5%", "10%")
 
@@ -86,7 +86,7 @@ def show_comparison(comparison: Comparison, scores: Scores, count: int = 10) -> 
     for row, text in zip(moved, texts, strict=True):
         numbers = (f"{row['rank_a']:,}", f"{row['rank_b']:,}", f"{row['miwv_a']:+.3f}", f"{row['miwv_b']:+.3f}")
         table.add_row(str(row["index"]), *numbers, Text(text))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if is_terminal(sys.stdout) else 120).print(table)
 
 
 def _prompts(scores: Scores, numbers: list[int]) -> list[str]:

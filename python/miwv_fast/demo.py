@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miwv_fast.terminal import printable
+from miwv_fast.terminal import is_terminal, printable
 
 if TYPE_CHECKING:
     from miwv_fast.scores import Scores
@@ -74,5 +74,5 @@ def _show_extremes(scores: Scores, count: int) -> None:
         losses = (columns["miwv"][i], columns["nll_one_shot"][i], columns["nll_zero_shot"][i])
         numbers = (f"{losses[0]:+.3f}", f"{losses[1]:.3f}", f"{losses[2]:.3f}")
         table.add_row(str(place + 1), *numbers, texts[i], texts[columns["neighbor"][i]], end_section=place == count - 1)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if is_terminal(sys.stdout) else 120)
     console.print(table)

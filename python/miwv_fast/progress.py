@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+from miwv_fast.terminal import is_terminal
+
 
 class Advance(Protocol):
     """Called with the number of units of a stage that were finished, and with what to show below its bar."""
@@ -44,7 +46,7 @@ class Progress:
     def __init__(self, show: bool | Literal["auto"] = "auto") -> None:
         if show not in (True, False, "auto"):
             raise ValueError(f"progress should be True, False or 'auto', it is {show!r}")
-        self._shown = sys.stderr.isatty() if show == "auto" else bool(show)
+        self._shown = is_terminal(sys.stderr) if show == "auto" else bool(show)
 
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:

@@ -1,6 +1,14 @@
-"""Text from data on a terminal, which obeys control characters."""
+"""Whether somebody watches, and text from data on a terminal, which obeys control characters."""
 
 from __future__ import annotations
+
+from typing import Any
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal; sys.stdout and sys.stderr may be None, or whatever a host has put there."""
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and bool(isatty())
 
 
 def printable(text: str, keep: str = "") -> str:
