@@ -333,6 +333,8 @@ class TestUnusable:
             score(output=tmp_path / "file" / "new" / "run")
         with pytest.raises(ValueError, match="holds other files than a run"):
             score(output=tmp_path)
+        with pytest.raises(ValueError, match="output is the empty text; give a folder or a URL"):
+            score(output="")
         monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write everywhere
         with pytest.raises(PermissionError, match=f"{tmp_path} cannot be written to"):
             score(output=tmp_path / "new" / "run")

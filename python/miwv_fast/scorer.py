@@ -134,6 +134,8 @@ def score(
     if output is not None:
         if not isinstance(output, str | os.PathLike):
             raise TypeError(f"output should be a folder or a URL, it is {output!r}")
+        if not os.fspath(output):
+            raise ValueError("output is the empty text; give a folder or a URL")
         check_output(output)
     check_template(template)
     choose_dtype(dtype, choose_device(device) if engine == "local" else "cpu")
