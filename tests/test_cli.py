@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import miwv_fast
+from miwv_fast import cli
 from miwv_fast.cli import main
 from support import byte_level, tiny_model
 from test_scorer import make_rows
@@ -251,6 +255,46 @@ def test_what_a_user_can_get_wrong(workplace, monkeypatch, capfd, arguments, mes
     assert status == 2
     assert message in error
     assert "Traceback" not in error and not (workplace / "x").exists()
+
+
+def test_what_standard_output_cannot_encode(workplace, monkeypatch, capfd):
+    """A command that has done its work does not fail in what it says of it."""
+    if not (workplace / "run").exists():
+        assert call(monkeypatch, capfd, workplace, *SCORE, "run")[0] == 0
+    for encoding, name, told in (("utf-8", "s\udcff.jsonl", rb"s\udcff.jsonl"), ("ascii", "s.jsonl", rb"\u")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert call(patch, capfd, workplace, "select", "run", "--top", "2", "--output", name)[0] == 0
+            assert call(patch, capfd, workplace, "explain", "run", "0")[0] == 0
+        out.seek(0)
+        assert told in out.buffer.read()
+
+
+def test_messages_go_where_standard_error_is_at_the_moment(monkeypatch):
+    """Such as a progress bar, which they would otherwise overwrite; control characters of data do nothing there."""
+    handler = cli._Messages()
+    for stream in io.StringIO(), io.StringIO():
+        monkeypatch.setattr(sys, "stderr", stream)
+        handler.handle(logging.makeLogRecord({"msg": "line\nred \x1b[31m"}))
+        assert stream.getvalue() == "line\nred \ufffd[31m\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    handler.handle(logging.makeLogRecord({"msg": "nobody reads it"}))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(MemoryError(), "out of memory"), (OSError(), "OSError"), (ValueError("a\x1b[2J\nb"), "a\ufffd[2J\nb")],
+)
+def test_an_error_says_something_and_does_nothing(monkeypatch, capfd, tmp_path, error, message):
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    assert call(monkeypatch, capfd, tmp_path) == (2, "", f"miwv-fast: error: {message}\n")
+
+
+def test_reasons_of_a_run_do_nothing(monkeypatch, capfd, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "rejected.jsonl").write_text(json.dumps({"reason": "a\x1b[2J"}))
+    assert "  1: a\ufffd[2J\n" in call(monkeypatch, capfd, tmp_path, "status", ".")[1]
 
 
 def test_no_traceback_from_the_process(workplace):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import tqdm
 import typer
 
 from miwv_fast.errors import Interrupted
+from miwv_fast.terminal import printable
 
 if TYPE_CHECKING:
     from miwv_fast.ranker import Duplicates
@@ -290,7 +292,7 @@ def status(run: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
         typer.echo(f"neighbours by approximate search: {told['neighbor_recall']:.1%} of a sample's are the nearest")
     typer.echo(f"{sum(told['rejected'].values())} records rejected")
     for reason, count in list(told["rejected"].items())[:10]:
-        typer.echo(f"  {count}: {reason}")
+        typer.echo(f"  {count}: {printable(reason)}")
 
 
 @app.command()
@@ -334,9 +336,23 @@ def info(
     typer.echo(json.dumps(found, indent=2))
 
 
+class _Messages(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at the moment: a progress bar puts itself there to stay below what is written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
 def main() -> None:
     """Runs the command line: exit status 2 and one line on standard error for whatever a user can mend."""
-    logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a finished command must not fail in what it says
+    logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s", handlers=[_Messages()])
     # Other libraries' own bars and advice would drown ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -355,7 +371,8 @@ def main() -> None:
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("MIWV_TRACEBACK"):
             raise
-        typer.echo(f"miwv-fast: error: {error}", err=True)
+        reason = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+        typer.echo("miwv-fast: error: " + printable(reason, keep="\n\t"), err=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             typer.echo(f"miwv-fast: with more room this goes on: {_resume_command()}", err=True)
         sys.exit(2)
