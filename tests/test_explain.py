@@ -133,6 +133,25 @@ def test_the_nearest_of_several(llama, tmp_path):
     scores.report(tmp_path / "r.html", model=llama)
 
 
+def test_what_the_tightest_of_several_leaves(llama, tmp_path, caplog):
+    """Those tokens were scored, and are explained; the nearest demonstration would leave room for more."""
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"Name {n} colors.", "output": "red and blue and three " * n} for n in range(1, 7)]
+    options = {"embedder": text_embedder, "neighbors": 5, "max_length": 110, "template": "plain"}
+    scores = miwv_fast.score(rows, tmp_path / "model", output=tmp_path / "run", **options)
+    table = scores.table.to_pydict()
+    cut = [i for i, status in enumerate(table["status"]) if status == "truncated"]
+    assert cut
+    for i in cut:
+        _, told = explain_run(tmp_path / "run", i)
+        assert len(told.tokens) == table["response_tokens"][i]
+        assert told.zero_shot.mean() == pytest.approx(table["nll_zero_shot"][i], abs=1e-4)
+    scores.report(tmp_path / "r.html", model=llama)
+    assert not caplog.text
+
+
 def test_a_record_of_a_run(llama, tmp_path, capsys, monkeypatch):
     rows = make_rows("alpaca", 6)
     rows[1]["output"] += "\x1b[2J"

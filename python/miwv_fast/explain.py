@@ -61,17 +61,30 @@ def explain(
     """
     # Here, because `import miwv_fast` binds this function and should not cost what it needs.
     from miwv_fast.model import CausalLM, load_model
-    from miwv_fast.shapes import parse_record
     from miwv_fast.templates import load_template
 
-    scored, demonstration = parse_record(record), parse_record(neighbor)
     lm = model if isinstance(model, CausalLM) else load_model(model, tokenizer, device, dtype)
     loaded = load_template(template, lm.tokenizer, include_eos) if isinstance(template, str | Path) else template
+    return _explain(record, neighbor, lm, loaded, max_length)
+
+
+def _explain(
+    record: Mapping[str, Any],
+    neighbor: Mapping[str, Any],
+    lm: CausalLM,
+    loaded: Template,
+    max_length: int | None,
+    most: int = sys.maxsize,
+) -> Explanation:
+    """As `explain`, of the first `most` tokens."""
+    from miwv_fast.shapes import parse_record
+
+    scored, demonstration = parse_record(record), parse_record(neighbor)
     passes = loaded.one_shot(demonstration, scored), loaded.zero_shot(scored)
     if max_length is not None and not 2 <= max_length <= (lm.max_length or sys.maxsize):
         raise ValueError(f"max_length should be 2 to {lm.max_length or 'any number'}, it is {max_length}")
     limit = lm.max_length if max_length is None else max_length
-    room = min(sequence.room(limit) for sequence in passes)
+    room = min(most, *(sequence.room(limit) for sequence in passes))
     if not len(passes[1].rows):
         raise ValueError("the record's response is empty: there is no token to explain")
     if not room:
@@ -136,12 +149,15 @@ class Explainer:
             else:
                 raise ValueError(f"{message}; give that by tokenizer")
 
-    def __call__(
-        self, record: Mapping[str, Any], neighbor: Mapping[str, Any], zero_shot: float | None = None
-    ) -> Explanation:
-        """As `explain`. Warns, once, where the zero-shot loss is not the one that the run has."""
-        told = explain(record, neighbor, self._lm, template=self._template, max_length=self._max_length)
-        if zero_shot is not None and abs(told.zero_shot.mean() - zero_shot) > self._tolerance:
+    def __call__(self, record: Mapping[str, Any], neighbor: Mapping[str, Any], row: Mapping[str, Any]) -> Explanation:
+        """As `explain`, of the tokens that were scored; `row` is the record's in the table.
+
+        Warns, once, where the zero-shot loss is not the one that the run has.
+        """
+        # Another of several demonstrations may have left room for fewer tokens than this one does.
+        told = _explain(record, neighbor, self._lm, self._template, self._max_length, row["response_tokens"])
+        zero_shot = row["nll_zero_shot"]
+        if abs(told.zero_shot.mean() - zero_shot) > self._tolerance:
             _log.warning(
                 "is %s the model that scored the run? A zero-shot loss is %.4f, in the run it is %.4f",
                 self._lm.name,
@@ -174,7 +190,7 @@ def explain_run(
     if row["miwv"] is None:
         raise ValueError(f"record {index} has no score: {row['status']}")
     record, neighbor = scores.rows([index, row["neighbor"]])
-    told = Explainer(scores.manifest, model, tokenizer, device)(record, neighbor, row["nll_zero_shot"])
+    told = Explainer(scores.manifest, model, tokenizer, device)(record, neighbor, row)
     means = f"one-shot {told.one_shot.mean():.4f}, zero-shot {told.zero_shot.mean():.4f} nats per token"
     name, used = "MIWV", len(row.get("neighbors", ()))
     if used > 1:

@@ -172,8 +172,8 @@ def _explain(scores: Scores, ranking: np.ndarray, rows: Mapping[int, Row], expla
     """The best and the worst records token by token, by record number."""
     explanations = {}
     for number in dict.fromkeys([*ranking[:EXPLAINED].tolist(), *ranking[-EXPLAINED:].tolist()]):
-        record, neighbor = rows[number].value, rows[scores.table["neighbor"][number].as_py()].value
-        told = explainer(record, neighbor, scores.table["nll_zero_shot"][number].as_py())
+        [row] = scores.table.slice(number, 1).to_pylist()
+        told = explainer(rows[number].value, rows[row["neighbor"]].value, row)
         kept = slice(_EXPLAINED_TOKENS)
         explanations[str(number)] = {
             "tokens": told.tokens[kept],
