@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import json
 import os
 from itertools import pairwise
@@ -88,6 +89,35 @@ def test_quotas_by_a_field(scored, rows):
         assert [i for i in chosen if field[i] == kind] == [i for i in ranking if field[i] == kind][:count]
     with pytest.raises(ValueError, match="no record has a field 'sort'; there are instruction, input, output, kind"):
         scored.select(4, data, per="sort")
+
+
+def test_data_that_can_be_read_once(scored, rows, tmp_path):
+    """A generator is read once, whatever it is needed for."""
+    assert scored.select(4, iter(rows), per="input") == scored.select(4, rows, per="input")
+    pytest.importorskip("bokeh")
+    scored.report(tmp_path / "r.html", data=iter(rows))
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "manifest.json"])
+def test_a_run_of_which_a_file_cannot_be_read(rows, llama, tmp_path, monkeypatch, caplog, name):
+    """What needs it not goes on; neighbours are not computed again for want of a moment's patience."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = miwv_fast.score(data, llama, embedder=text_embedder, output=run)
+    open_file = open
+
+    def refuse(path, *arguments, **options):
+        if Path(str(path)).name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    loaded = miwv_fast.load_scores(run)
+    assert loaded.select(3) == scores.select(3) and loaded.embeddings is None
+    assert f"Input/output error: '{run / name}'" in caplog.text
+    with pytest.raises(OSError, match="Input/output error"):
+        miwv_fast.score(data, llama, embedder=text_embedder, output=run)
 
 
 def test_embeddings_of_a_run(rows, llama, scored, tmp_path, caplog):

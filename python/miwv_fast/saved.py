@@ -45,7 +45,11 @@ def load_scores(path: str | os.PathLike[str], data: object = None) -> Scores:
     manifest = json.loads(metadata.get(MANIFEST_KEY, b"{}"))
     # What lies beside the scores belongs to them in their own run's folder only.
     run = file.parent if _is_run(file.parent, manifest) else None
-    embeddings = None if run is None else read_embeddings(run)
+    try:
+        embeddings = None if run is None else read_embeddings(run)
+    except OSError as error:  # they are needed for `dedup` alone
+        _log.warning("%s", error)
+        embeddings = None
     return Scores(table, manifest, _find_source(manifest, data, run), embeddings=embeddings)
 
 
@@ -55,6 +59,9 @@ def _is_run(folder: Location, manifest: Mapping[str, Any]) -> bool:
     try:
         kept = path.read_json() if path.is_file() else None
     except ValueError:
+        return False
+    except OSError as error:
+        _log.warning("%s", error)
         return False
     return isinstance(kept, dict) and not differences(kept, manifest)
 

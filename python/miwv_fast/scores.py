@@ -118,6 +118,7 @@ class Scores:
         Raises ValueError if the data cannot be found again or is not what was scored, if neither `top` nor `min_miwv`
         is given, or if the conditions leave no record or cannot be met; TypeError for a value of another type.
         """
+        data = None if data is None else open_source(data)  # once, as a generator can be read only once
         chosen = self.choose(
             top, data, min_miwv=min_miwv, min_response_tokens=min_response_tokens, dedup=dedup, per=per
         )
@@ -230,7 +231,8 @@ class Scores:
         from miwv_fast.export import check_not_lost
         from miwv_fast.report import write_report
 
-        check_not_lost(path, self.source if data is None else open_source(data))
+        data = None if data is None else open_source(data)  # once, as a generator can be read only once
+        check_not_lost(path, self.source if data is None else data)
         write_report(self, path, top=top, field=field, data=data, model=model, tokenizer=tokenizer, device=device)
 
     def plot(self, top: str | float | int = "1%") -> np.ndarray:
