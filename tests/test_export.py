@@ -206,6 +206,8 @@ def test_conversations_that_llama_factory_would_leave_out():
         assert first["source"] == "a" and [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
         tags = llama_factory_entry("s.jsonl", [first, second, last])["tags"]
         assert (tags["role_tag"], tags["user_tag"], tags["system_tag"]) == ("role", "user", "system")
+    nameless = {"messages": [*texts, {"content": "Bye"}]}
+    assert llama_factory_records([nameless]) == [{"messages": texts}]
     assert llama_factory_records([{"conversations": ["Hi there", "Yes?"], "source": "a"}]) == [
         {"source": "a", "messages": texts}
     ]
