@@ -272,6 +272,14 @@ def test_records_without_the_field_are_a_group():
     assert found.codes.tolist() == [1, 2, 2, 0, 0, 2] * 2
 
 
+def test_fields_that_vary_take_no_room_for_each_other():
+    """Memory grows with the values that there are, not with records times names."""
+    made = finder([{"source": "ab"[n % 2], f"note {n}": "x"} for n in range(1000)])
+    assert sum(map(len, made._codes.values())) == 2000
+    found = made.result()
+    assert found is not None and found.codes.tolist() == [0, 1] * 500
+
+
 def test_a_rare_field_is_not_found():
     assert finder([{"source": "ab"[n % 2]} if n < 9 else {} for n in range(20)]).result() is None
 

@@ -94,6 +94,7 @@ class FieldFinder:
     def __init__(self, name: str | None = None) -> None:
         self._name = name
         self._values: dict[str, dict[str, int]] = {}
+        self._records: dict[str, array[int]] = {}  # that have the field, and the codes of their values
         self._codes: dict[str, array[int]] = {}
         self._dropped: set[str] = set()
         self._seen: dict[str, None] = {}
@@ -121,14 +122,13 @@ class FieldFinder:
         code = values.setdefault(item, len(values))
         if self._name is None and len(values) > MAX_GROUPS:
             return self._drop(key)
-        codes = self._codes.setdefault(key, array("i"))
-        codes.extend([-1] * (self._count - len(codes)))
-        codes.append(code)
+        self._records.setdefault(key, array("q")).append(self._count)
+        self._codes.setdefault(key, array("i")).append(code)
 
     def _drop(self, key: str) -> None:
         self._dropped.add(key)
-        self._values.pop(key, None)
-        self._codes.pop(key, None)
+        for kept in (self._values, self._records, self._codes):
+            kept.pop(key, None)
 
     def result(self) -> Grouping | None:
         """The field, None where there is none. Raises ValueError if the named one is in no record."""
@@ -138,16 +138,14 @@ class FieldFinder:
                 raise ValueError(f"no record has a field {self._name!r}; there are: {there}")
             return self._grouping(self._name)
         usable = [
-            key
-            for key, codes in self._codes.items()
-            if len(self._values[key]) > 1 and 2 * sum(code >= 0 for code in codes) >= self._count
+            key for key, codes in self._codes.items() if len(self._values[key]) > 1 and 2 * len(codes) >= self._count
         ]
         likely = [key for key in _LIKELY_FIELDS if key in usable]
         return self._grouping((likely or usable)[0]) if usable else None
 
     def _grouping(self, key: str) -> Grouping:
         codes = np.full(self._count, -1, np.int64)
-        codes[: len(self._codes[key])] = self._codes[key]
+        codes[self._records[key]] = self._codes[key]
         names = [name[:_VALUE_CHARACTERS] for name in self._values[key]]
         frequency = np.bincount(codes[codes >= 0], minlength=len(names))
         order = np.argsort(-frequency, kind="stable")
