@@ -235,6 +235,30 @@ def test_what_no_task_should_raise_is_told(cluster, by_value, at_start):
         run_odd(Odd(fail, at_start))
 
 
+def test_an_error_over_work_that_is_done_already(cluster, by_value, monkeypatch):
+    """What was lost with its machine is worked on again, by whom its answer, were it an error, no longer concerns."""
+
+    def twice(batches):
+        for batch in batches:
+            yield batch
+            yield batch.set_column(3, "error", pa.array(["ValueError: too late"] * len(batch)))
+
+    told = ray_stage._told
+    monkeypatch.setattr(ray_stage, "_told", lambda batches: twice(told(batches)))
+    assert sorted(answer.place for answer in run_odd(Odd(lambda: None))) == [0, 1, 2]
+
+
+def misread() -> None:
+    b"\xff".decode()
+
+
+def test_an_error_that_takes_more_than_a_text(cluster, by_value):
+    engine = object.__new__(ray_engine.RayEngine)
+    engine._cluster = ray_cluster.share([{"CPU": 1}], 1, None, own=False, verbose=False)
+    with pytest.raises(ValueError, match="on a worker: 'utf-8' codec can't decode byte 0xff"):
+        engine._on_a_worker(misread)
+
+
 def test_work_that_kills_its_workers(cluster, by_value, monkeypatch):
     """It is not sent again for ever."""
     monkeypatch.setattr(ray_stage, "_DEATHS", 1)

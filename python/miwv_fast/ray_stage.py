@@ -90,12 +90,12 @@ def run_stage(cluster: Cluster, task: Task, tables: Iterable[pa.Table], count: i
         )
         for batch in _told(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
             for row in batch.to_pylist():
-                if row["error"]:
-                    kind, _, reason = row["error"].partition(": ")
-                    raise _KINDS[kind](f"worker on {row['worker']}: {reason}")
                 place = row["place"]
                 if place in finished:
                     continue
+                if row["error"]:
+                    kind, _, reason = row["error"].partition(": ")
+                    raise _KINDS[kind](f"worker on {row['worker']}: {reason}")
                 finished.add(place)
                 yield Answer(place, _read_table(row["table"]), row["worker"])
                 # Whoever reads it again, to replace what a machine took with it, need not work on it again.
@@ -178,12 +178,17 @@ class _Actor:
         return answer
 
 
+def kind_of(error: BaseException | None) -> type[Exception] | None:
+    """As which kind an error is told, which takes a text where the error itself may take more; None for any other."""
+    return next((kind for kind in _KINDS.values() if isinstance(error, kind)), None)
+
+
 def _describe(error: Exception) -> str:
-    kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None)
+    kind = kind_of(error)
     if kind is None:
         _log.exception("unexpected")  # with its traceback, for the worker's log
         return f"OSError: {type(error).__name__}: {error}"
-    return f"{kind}: {error}"
+    return f"{kind.__name__}: {error}"
 
 
 def _path(folder: Path, place: int) -> Path:
