@@ -20,6 +20,7 @@ import pytest
 import miwv_fast
 from miwv_fast import cli
 from miwv_fast.cli import main
+from miwv_fast.terminal import Messages
 from support import byte_level, tiny_model
 from test_scorer import make_rows
 
@@ -273,7 +274,7 @@ def test_what_standard_output_cannot_encode(workplace, monkeypatch, capfd):
 
 def test_messages_go_where_standard_error_is_at_the_moment(monkeypatch):
     """Such as a progress bar, which they would otherwise overwrite; control characters of data do nothing there."""
-    handler = cli._Messages()
+    handler = Messages()
     for stream in io.StringIO(), io.StringIO():
         monkeypatch.setattr(sys, "stderr", stream)
         handler.handle(logging.makeLogRecord({"msg": "line\nred \x1b[31m"}))

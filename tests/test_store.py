@@ -34,7 +34,7 @@ from miwv_fast import _core, embedding, formats, job, neighbors, stopping
 from miwv_fast.errors import Interrupted
 from miwv_fast.files import Location
 from miwv_fast.lock import Lock
-from miwv_fast.runner import Runner
+from miwv_fast.runner import Runner, UnitResult
 from miwv_fast.store import Run, run_status
 from support import byte_level, text_embedder, tiny_model
 from test_scorer import make_rows
@@ -680,6 +680,17 @@ def test_a_handler_of_others_is_left_alone(monkeypatch):
             assert not came() and found(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_workers_run_side_by_side(tmp_path):
+    """Four of them, 100 tokens a second each: half of the work took ten seconds and leaves ten."""
+    none = np.empty(0, np.int64), np.empty(0, np.float32)
+    with Run(tmp_path / "run", {}) as run:
+        run.save_plan(8, 8000, 4)
+        for unit in range(4):
+            run.save_part(unit, UnitResult(none, none, 1000, 0), 10.0)
+    told = run_status(tmp_path / "run")
+    assert (told["units_done"], told["tokens_per_second"], told["seconds_left"]) == (4, 400, 10)
 
 
 def test_a_lock_that_cannot_be_given_back(tmp_path, monkeypatch, caplog):

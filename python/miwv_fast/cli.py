@@ -17,7 +17,7 @@ import tqdm
 import typer
 
 from miwv_fast.errors import Interrupted
-from miwv_fast.terminal import printable
+from miwv_fast.terminal import Messages, printable
 
 if TYPE_CHECKING:
     from miwv_fast.ranker import Duplicates
@@ -336,23 +336,12 @@ def info(
     typer.echo(json.dumps(found, indent=2))
 
 
-class _Messages(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what sys.stderr is at the moment: a progress bar puts itself there to stay below what is written."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
-        super().emit(record)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
-
-
 def main() -> None:
     """Runs the command line: exit status 2 and one line on standard error for whatever a user can mend."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a finished command must not fail in what it says
-    logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s", handlers=[_Messages()])
+    logging.basicConfig(level=logging.WARNING, format="miwv-fast: %(message)s", handlers=[Messages()])
     # Other libraries' own bars and advice would drown ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

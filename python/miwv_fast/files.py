@@ -205,6 +205,19 @@ def _find_store(url: str) -> tuple[Any, str]:
     return store, str(path)
 
 
+def check_writable(folder: Location) -> None:
+    """Raises ValueError where an output folder is a file or lies in one, PermissionError where none can be written."""
+    if folder.is_file():
+        raise ValueError(f"output {folder} is a file; give a folder")
+    if folder.local:
+        path = folder.local.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise ValueError(f"output {folder} lies in {there}, which is a file; give another folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"output {folder}: {there} cannot be written to; give another folder")
+
+
 def write_jsonl(path: str | os.PathLike[str] | Location, rows: Iterable[Any]) -> None:
     """Writes a JSON value per line, UTF-8, text as it is; NaN becomes null, as JSON has none.
 

@@ -191,13 +191,14 @@ class Job:
         sequences.share(shared_length, unit_tokens)
         units = plan_units(sequences.passes, cache_tokens=engine.facts.cache_tokens, unit_tokens=unit_tokens)
         planned = sum(map(sequences.passes.forwarded_tokens, units))
-        finished = dict(run.parts(units)) if run is not None else {}
         if run is not None:
-            run.save_plan(len(units), planned)
+            run.save_plan(len(units), planned, engine.workers)
         tally = Tally(len(units), int(np.count_nonzero(zero_length)))
         begin = time.perf_counter()
         with bars.task("scoring", planned, "tokens") as advance:
-            for result in finished.values():
+            finished = set()
+            for number, result in run.parts(units) if run is not None else ():
+                finished.add(number)
                 self._take(result)
                 self.stats["resumed_tokens"] += result.forwarded_tokens
                 advance(result.forwarded_tokens, tally.add(len(result.zero_shot[0])))

@@ -21,7 +21,7 @@ from miwv_fast.neighbors import Groups, Near, Neighbors, block_rows, nearest
 from miwv_fast.packing import pack, unpack_near, unpack_result
 from miwv_fast.progress import Progress
 from miwv_fast.ray_cluster import check_versions, connect, ray_errors_told
-from miwv_fast.ray_stage import run_stage
+from miwv_fast.ray_stage import kind_of, run_stage
 from miwv_fast.ray_worker import Embed, ModelChoice, Score, Search, describe
 from miwv_fast.runner import Sequences
 
@@ -45,6 +45,7 @@ class RayEngine:
     ) -> None:
         self.tokenizer = load_tokenizer(model, tokenizer)
         self._cluster = connect(address, workers, 0.0 if device == "cpu" else gpus_per_worker)
+        self.workers = self._cluster.workers
         self._choice = ModelChoice(
             _everywhere(model), device, dtype, batch_tokens, self._cluster.gpus_per_worker, self._cluster.threads
         )
@@ -117,9 +118,9 @@ class RayEngine:
             try:
                 return ray.get(ray.remote(**self._cluster.resources)(function).remote(*arguments))
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ValueError | TypeError | OSError | MemoryError):
-                    raise type(error.cause)(f"on a worker: {error.cause}") from None
-                raise
+                if (kind := kind_of(error.cause)) is None:
+                    raise
+                raise kind(f"on a worker: {error.cause}") from None
 
 
 def _everywhere(name: object) -> str:

@@ -4,7 +4,7 @@ RUN/manifest.json      everything that can change a score; a run is continued on
 RUN/lock               held by the process that writes; lock.taken where a dead one's is being taken over
 RUN/embeddings/        embeddings of one call of the embedder each, until all are there
 RUN/embeddings.npy, neighbors.parquet
-RUN/plan.json          how many units and tokens there are
+RUN/plan.json          how many units and tokens there are, and how many workers
 RUN/parts/             a Parquet file per finished unit, its SHA-256 in its name
 RUN/damaged/           files whose content no longer matches their checksum, set aside and computed again
 RUN/rejected.jsonl, data.jsonl, scores.parquet
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from miwv_fast.files import Location, write_jsonl
+from miwv_fast.files import Location, check_writable, write_jsonl
 from miwv_fast.fingerprint import hash_array
 from miwv_fast.forest import Unit
 from miwv_fast.lock import Lock, read_holder
@@ -202,9 +202,9 @@ class Run:
         self._write_manifest()
         (self.folder / "embeddings").remove_folder()  # they are in embeddings.npy now
 
-    def save_plan(self, units: int, tokens: int) -> None:
-        """Keeps how much there is to do, for `status`."""
-        (self.folder / "plan.json").write_json({"units": units, "tokens": tokens})
+    def save_plan(self, units: int, tokens: int, workers: int) -> None:
+        """Keeps how much there is to do, and how many do it side by side, for `status`."""
+        (self.folder / "plan.json").write_json({"units": units, "tokens": tokens, "workers": workers})
 
     def save_part(self, unit: int, result: UnitResult, seconds: float) -> None:
         """Writes a finished unit; it is there whole or not at all."""
@@ -254,15 +254,7 @@ def check_output(output: str | os.PathLike[str] | Location) -> set[str]:
     can be written.
     """
     folder = Location(output)
-    if folder.is_file():
-        raise ValueError(f"output {folder} is a file; give a folder for the run")
-    if folder.local:
-        path = folder.local.absolute()
-        there = next(place for place in (path, *path.parents) if place.exists())
-        if not there.is_dir():
-            raise ValueError(f"output {folder} lies in {there}, which is a file; give another folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"output {folder}: {there} cannot be written to; give another folder")
+    check_writable(folder)
     names = {name for name in folder.names() if not _TEMPORARY.fullmatch(name)}
     if names - _LOCKS and "manifest.json" not in names:
         raise ValueError(f"output {folder} holds other files than a run; give another folder")
@@ -282,13 +274,14 @@ def run_status(run: str | os.PathLike[str] | Location) -> dict[str, Any]:
     plan = plan_path.read_json() if plan_path.exists() else {"units": None, "tokens": None}
     if not isinstance(manifest, dict) or not isinstance(plan, dict) or not {"units", "tokens"} <= plan.keys():
         raise ValueError(f"{folder}: manifest.json or plan.json is damaged or of something else")
-    parts = [part for part in read_parts(folder / "parts") if part.result is not None]
-    tokens = sum(part.result.forwarded_tokens for part in parts if part.result)
-    seconds = sum(part.seconds for part in parts)
-    rate = tokens / seconds if seconds else None
+    units, tokens, seconds = 0, 0, 0.0
+    for part in read_parts(folder / "parts"):
+        if part.result is not None:
+            units, tokens, seconds = units + 1, tokens + part.result.forwarded_tokens, seconds + part.seconds
+    rate = tokens / seconds * plan.get("workers", 1) if seconds else None  # each unit has its worker's own seconds
     return {
         "finished": (folder / "scores.parquet").exists(),
-        "units_done": len(parts),
+        "units_done": units,
         "units": plan["units"],
         "tokens_done": tokens,
         "tokens": plan["tokens"],

@@ -1,7 +1,9 @@
-"""Whether somebody watches, and text from data on a terminal, which obeys control characters."""
+"""Terminals: whether a stream is one, and messages and text from data there, where control characters are obeyed."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 
@@ -18,3 +20,14 @@ def printable(text: str, keep: str = "") -> str:
     'red \\ufffd[31m'
     """
     return "".join(letter if letter.isprintable() or letter in keep else "\ufffd" for letter in text)
+
+
+class Messages(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at the moment: a progress bar puts itself there to stay below what is written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
