@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -322,3 +326,27 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AttributeError, TypeError)):
         lm.response_nll(sequences())
     assert "forward" in vars(model.model)
+
+
+@pytest.mark.parametrize("calls", ["losses", "losses of tokens", "probing"])
+def test_one_model_in_two_threads(calls: str) -> None:
+    """A pass never meets the hooks of another thread's, though here each waits within itself for the other."""
+    model, batch = tiny_model("llama", VOCAB), sequences()
+    lm = CausalLM(model, None, "llama")
+    run: dict[str, Callable[[], torch.Tensor]] = {
+        "losses": lambda: lm.response_nll(batch),
+        "losses of tokens": lambda: torch.stack([lm.token_nll(sequence).mean() for sequence in batch]),
+        "probing": lambda: CausalLM(model, None, "again").response_nll(batch),
+    }
+    expected = [run["losses"]().numpy(), run[calls]().numpy()]
+    both = threading.Barrier(2)
+
+    def meet(*_: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)
+
+    model.model.embed_tokens.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(run[name]) for name in ("losses", calls)]
+    for got, right in zip(made, expected, strict=True):
+        np.testing.assert_allclose(got.result().numpy(), right, atol=1e-5)

@@ -8,10 +8,12 @@ Which of them a model allows is tried by `probe.py` when it is loaded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from miwv_fast import ops
 from miwv_fast.devices import to_device
 
 WORKSPACE_BYTES = 256 << 20
+_locks: WeakKeyDictionary[Any, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ class AllLogits:
 def positions_at_a_time(model: Any) -> int:
     """How many positions' logits fit the workspace, in float32."""
     return max(1, WORKSPACE_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
+
+
+def lock_of(model: Any) -> AbstractContextManager[Any]:
+    """To be held while a model runs: a pass of another thread would meet the hooks of this one."""
+    return _locks.setdefault(model, threading.RLock())
 
 
 @contextmanager
