@@ -26,7 +26,7 @@ class Messages(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what sys.stderr is at the moment: a progress bar puts itself there to stay below what is written."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr
         super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
