@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from support import TOKENIZERS, byte_level, tiny_model
 # Two shared cores draw slowly at times; that says nothing about the property under test.
 settings.register_profile("miwv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("miwv")
+# A shell has what it starts in the background ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -321,7 +321,7 @@ def test_help_and_info(workplace):
     assert done.returncode == 0 and "torch" in json.loads(done.stdout)["packages"]
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [10, pytest.param(120, marks=pytest.mark.long)])
 def test_demo(smollm2, minilm, tmp_path, monkeypatch, capfd, count):
     """120 records are all that are packaged."""
     lines = (files("miwv_fast") / "demo_records.jsonl").read_text(encoding="utf-8").splitlines()

@@ -647,6 +647,19 @@ def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path):
         os.waitpid(child, 0)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_meanwhile_does_not_give_the_lock_back(tmp_path):
+    """It leaves the block before the one whose lock it is."""
+    with Run(tmp_path / "run", {}) as run:
+        child = os.fork()
+        if not child:
+            run.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(ValueError, match="is being written by"):
+            Run(tmp_path / "run", {})
+
+
 def test_a_signal_stops_the_run_of_the_main_thread_alone():
     """One in another thread does not take it, nor does it, by ending first, make it stop the other at once."""
     begun, ended = threading.Event(), threading.Event()

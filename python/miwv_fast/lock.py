@@ -31,12 +31,15 @@ class Lock:
     def __init__(self, folder: Location) -> None:
         self._place = folder / "lock"
         self._stream: Any = None
+        self._process = os.getpid()
         self._content = _own()
         if folder.local is None or not self._lock_file():
             self._create_object()
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back; in a process that was forked meanwhile, whose it is not, nothing."""
+        if os.getpid() != self._process:
+            return
         if self._stream is not None:
             stream, self._stream = self._stream, None
             with stream:
