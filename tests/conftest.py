@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=int, default=20, help="how many runs are killed at random moments")
+    parser.addoption("--faults", type=int, default=10, help="how many runs are killed at random moments")
     parser.addoption("--long", action="store_true", help="also the tests that take more than half a minute")
 
 

@@ -163,6 +163,7 @@ def test_a_worker_with_another_model(folder, cluster):
         list(engine.run([(0, unit)], sequences, lambda tokens: None))
 
 
+@pytest.mark.long
 def test_a_node_dies(folder, cluster, monkeypatch):
     """A whole machine with its worker goes; the other one does all that is left, neighbours and scores as ever."""
     embeddings = text_embedder([str(row) for row in range(61)])

@@ -684,13 +684,13 @@ def test_a_signal_stops_the_run_of_the_main_thread_alone():
 
 def test_a_handler_of_others_is_left_alone(monkeypatch):
     """Who ignores signals, as behind nohup, goes on; one that is not Python's could not be put back."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before, terminate = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     found = signal.getsignal
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else found(number))
     try:
         with stopping._handlers(), stopping.finishing() as came:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not came() and found(signal.SIGTERM) == signal.SIG_DFL
+            assert not came() and found(signal.SIGTERM) is terminate
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -198,6 +198,8 @@ class Job:
         with bars.task("scoring", planned, "tokens") as advance:
             finished = set()
             for number, result in run.parts(units) if run is not None else ():
+                if number in finished:  # two processes have written it, where a file system has no locks
+                    continue
                 finished.add(number)
                 self._take(result)
                 self.stats["resumed_tokens"] += result.forwarded_tokens
