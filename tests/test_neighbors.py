@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miwv_fast import approximate, neighbors
-from miwv_fast.neighbors import TIE, nearest
+from miwv_fast import approximate, exact, neighbors
+from miwv_fast.exact import TIE
+from miwv_fast.neighbors import nearest
 from miwv_fast.progress import Progress
 
 QUIET = Progress(False)
@@ -45,7 +46,7 @@ def test_matches_brute_force(seed, n, dimensions, k, block):
     embeddings[generator.random(n) < 0.05] = np.nan
     candidates = generator.random(n) < 0.9
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "BLOCK_ELEMENTS", block)
+        patch.setattr(exact, "BLOCK_ELEMENTS", block)
         patch.setattr(neighbors, "_BLOCK_ROWS", block)
         found = nearest(embeddings, candidates, k, "cpu", QUIET)
     index, similarity = reference(embeddings, candidates, k)

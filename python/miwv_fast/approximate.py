@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from miwv_fast.neighbors import BLOCK_ELEMENTS, TIE, Groups, Near, exact_near
+from miwv_fast.exact import BLOCK_ELEMENTS, TIE, Groups, Near, exact_near
 from miwv_fast.progress import Progress
 
 RECALL = 0.95

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from miwv_fast.assembly import TokenSequence
+from miwv_fast.exact import Near
 from miwv_fast.forest import Unit
-from miwv_fast.neighbors import Near
 from miwv_fast.runner import Sequences, Trees, UnitResult
 
 _NUMBERS = pa.large_list(pa.int64())

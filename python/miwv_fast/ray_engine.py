@@ -15,9 +15,10 @@ import torch
 
 from miwv_fast.embedding import Embedder, Kept, embed
 from miwv_fast.engine import Done
+from miwv_fast.exact import Groups, Near, block_rows
 from miwv_fast.forest import Unit
 from miwv_fast.model import load_tokenizer
-from miwv_fast.neighbors import Groups, Near, Neighbors, block_rows, nearest
+from miwv_fast.neighbors import Neighbors, nearest
 from miwv_fast.packing import pack, unpack_near, unpack_result
 from miwv_fast.progress import Progress
 from miwv_fast.ray_cluster import check_versions, connect, ray_errors_told

@@ -15,8 +15,8 @@ import torch
 from miwv_fast.devices import choose_device
 from miwv_fast.embedding import load_embedder
 from miwv_fast.engine import LocalEngine, ModelFacts
+from miwv_fast.exact import search_rows
 from miwv_fast.model import NO_TOKENIZER
-from miwv_fast.neighbors import search_rows
 from miwv_fast.packing import PackedUnit, pack_near, pack_result
 
 
