@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices in float32 by the kernel for AMX, and what stands in for it on other CPUs."""
+"""Products of bfloat16 matrices in float32, by AVX-512 BF16 and by AMX, and what stands in for them on other CPUs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from miwv_fast import _core, ops
 from miwv_fast.ops import launch, products
 
 
-@pytest.fixture
-def amx() -> None:
-    if "amx" not in _core.available_isas():
-        pytest.skip("this CPU has no AMX")
-    _core.select_isa("amx")
+@pytest.fixture(params=["avx512_bf16", "amx"])
+def isa(request: pytest.FixtureRequest) -> str:
+    """An instruction set with products, selected."""
+    name: str = request.param
+    if name not in _core.available_isas():
+        pytest.skip(f"this CPU has no {name}")
+    _core.select_isa(name)
+    return name
 
 
 def filled(*shape: int, value: float = torch.nan) -> torch.Tensor:
@@ -40,7 +43,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("count", [1, 31, 33, 70])
 @pytest.mark.parametrize("entries", [1, 15, 16, 17, 100])
 @pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 577])
-def test_float64(amx: None, count: int, entries: int, width: int) -> None:
+def test_float64(isa: str, count: int, entries: int, width: int) -> None:
     """Up to float32 sums, whatever stands beside the weight in memory."""
     generator = torch.Generator().manual_seed(width)
     rows = torch.randn(count, width, generator=generator).bfloat16()
@@ -51,7 +54,7 @@ def test_float64(amx: None, count: int, entries: int, width: int) -> None:
     assert ((product(rows, weight) - exact).abs() <= 4 * torch.finfo(torch.float32).eps * most).all()
 
 
-def test_a_row_depends_on_itself_alone(amx: None) -> None:
+def test_a_row_depends_on_itself_alone(isa: str) -> None:
     """To the bit: on its place, the other rows, NaN and infinity among them, and threads."""
     rows, weight = torch.randn(40, 100).bfloat16(), torch.randn(90, 100).bfloat16()
     whole = product(rows, weight)
@@ -69,7 +72,7 @@ def test_a_row_depends_on_itself_alone(amx: None) -> None:
     assert torch.equal(changed[kept], whole[kept])
 
 
-def test_losses_by_every_instruction_set(amx: None) -> None:
+def test_losses_by_every_instruction_set(isa: str) -> None:
     """With several slices of tokens and vocabulary, a weight with a stride of its own, and a bias."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(600, 48, generator=generator).bfloat16()
@@ -77,10 +80,10 @@ def test_losses_by_every_instruction_set(amx: None) -> None:
     bias = torch.randn(5000, generator=generator).bfloat16()
     targets, offsets = torch.randint(5000, (600,), generator=generator), torch.arange(601)
     losses = []
-    for isa in ("avx512", "amx"):
-        _core.select_isa(isa)
+    for name in ("avx512", isa):
+        _core.select_isa(name)
         kind = products.product_of(hidden, products.Head(weight, bias, None, 1.0, 1 << 28), 600)
-        assert (type(kind) is products._TiledProduct) == (isa == "amx")
+        assert (type(kind) is products._TiledProduct) == (name == isa)
         losses.append(ops.linear_response_nll(hidden, weight, targets, offsets, bias=bias))
     assert not torch.equal(*losses) and (losses[0] - losses[1]).abs().max() < 1e-5
     # Columns that are adjacent are left to torch.

@@ -1,40 +1,35 @@
 #include "product.h"
 
+#include <cstring>
 #include <string>
 
 #include "../check.h"
 #include "row_kernels.h"
 #include "threads.h"
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
-#define MIWV_AMX
+#if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
+#define MIWV_BF16
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define MIWV_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace miwv::cpu {
 
-#ifdef MIWV_AMX
+#ifdef MIWV_BF16
 namespace {
 
-#define MIWV_TARGET __attribute__((target("avx512f,avx512bw,amx-tile,amx-bf16")))
-
-constexpr int kGetSupported = 0x1021, kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
 // A tile is 16 rows of 64 bytes: of 32 bfloat16, of 16 pairs of bfloat16, or of 16 floats.
 constexpr int64_t kTileRows = 16, kTileWidth = 32, kTileElements = kTileRows * kTileWidth;
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr TileConfig kTileConfig;
-
 // 16 rows of up to 16 pairs to a tile [pair][row], as the right side of a product has to lie. Rows beyond `count`, and
 // elements beyond the mask, are 0.
-MIWV_TARGET void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, __mmask32 mask, uint16_t* tile) {
+__attribute__((target("avx512f,avx512bw"))) void pack_tile(const uint16_t* rows, int64_t stride, int64_t count,
+                                                           __mmask32 mask, uint16_t* tile) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i)
     a[i] = _mm512_maskz_loadu_epi16(i < count ? mask : 0, i < count ? rows + i * stride : rows);
@@ -59,19 +54,65 @@ MIWV_TARGET void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, 
   }
 }
 
-// A strip of 32 entries: packed, then multiplied with 32 rows at a time, four tiles of sums in registers.
-MIWV_TARGET void product_strip(const ProductParams& p, int64_t strip) {
-  const int64_t width_tiles = (p.width + kTileWidth - 1) / kTileWidth, column = width_tiles * kTileElements;
-  uint16_t* const packed = static_cast<uint16_t*>(p.packed) + strip * 2 * column;
+// 32 entries of the head, packed: `columns[0]` and `columns[1]` hold the tiles of 16 each, `tiles` of them.
+struct Strip {
+  const uint16_t* columns[2];
+  int64_t tiles;
+  float* out;  // of the first row
+};
+
+Strip pack_strip(const ProductParams& p, int64_t number) {
+  const int64_t tiles = (p.width + kTileWidth - 1) / kTileWidth, column = tiles * kTileElements;
+  uint16_t* const packed = static_cast<uint16_t*>(p.packed) + number * 2 * column;
   for (int64_t half = 0; half < 2; ++half) {
-    const int64_t first = strip * 2 * kTileRows + half * kTileRows, count = p.entries - first;
+    const int64_t first = number * 2 * kTileRows + half * kTileRows, count = p.entries - first;
     const uint16_t* const rows = static_cast<const uint16_t*>(p.weight) + (count > 0 ? first : 0) * p.weight_stride;
-    for (int64_t k = 0; k < width_tiles; ++k) {
+    for (int64_t k = 0; k < tiles; ++k) {
       const int64_t left = p.width - k * kTileWidth;
       const __mmask32 mask = left < kTileWidth ? (1u << left) - 1 : ~0u;
       pack_tile(rows + k * kTileWidth, p.weight_stride, count, mask, packed + half * column + k * kTileElements);
     }
   }
+  return {{packed, packed + column}, tiles, p.out + number * 2 * kTileRows};
+}
+
+// Eight rows at a time: two registers of sums for each.
+__attribute__((target("avx512f,avx512bf16"))) void multiply_vectors(const ProductParams& p, const Strip& strip) {
+  constexpr int64_t kRows = 8;
+  for (int64_t m = 0; m < p.num_rows; m += kRows) {
+    const uint16_t* const rows = static_cast<const uint16_t*>(p.rows) + m * p.row_stride;
+    __m512 sums[kRows][2];
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < strip.tiles * kTileRows; ++pair) {
+      const __m512bh first = (__m512bh)_mm512_loadu_si512(strip.columns[0] + pair * kTileWidth);
+      const __m512bh second = (__m512bh)_mm512_loadu_si512(strip.columns[1] + pair * kTileWidth);
+      for (int i = 0; i < kRows; ++i) {
+        int32_t both;
+        std::memcpy(&both, rows + i * p.row_stride + 2 * pair, sizeof both);
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], row, first);
+        sums[i][1] = _mm512_dpbf16_ps(sums[i][1], row, second);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int half = 0; half < 2; ++half)
+        _mm512_storeu_ps(strip.out + (m + i) * p.out_stride + half * kTileRows, sums[i][half]);
+  }
+}
+
+#ifdef MIWV_AMX
+
+constexpr int kGetSupported = 0x1021, kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig kTileConfig;
+
+// 32 rows at a time: four tiles of sums.
+__attribute__((target("amx-tile,amx-bf16"))) void multiply_tiles(const ProductParams& p, const Strip& strip) {
   __asm__ volatile("" ::: "memory");  // GCC doesn't know that tiles are loaded from memory
   _tile_loadconfig(&kTileConfig);
   for (int64_t m = 0; m < p.num_rows; m += 2 * kTileRows) {
@@ -82,17 +123,17 @@ MIWV_TARGET void product_strip(const ProductParams& p, int64_t strip) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < width_tiles; ++k) {
+    for (int64_t k = 0; k < strip.tiles; ++k) {
       _tile_loadd(4, upper + k * kTileWidth, row_bytes);
-      _tile_loadd(6, packed + k * kTileElements, 64);
+      _tile_loadd(6, strip.columns[0] + k * kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, packed + column + k * kTileElements, 64);
+      _tile_loadd(7, strip.columns[1] + k * kTileElements, 64);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, lower + k * kTileWidth, row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    float* const out = p.out + m * p.out_stride + strip * 2 * kTileRows;
+    float* const out = strip.out + m * p.out_stride;
     _tile_stored(0, out, out_bytes);
     _tile_stored(1, out + kTileRows, out_bytes);
     _tile_stored(2, out + kTileRows * p.out_stride, out_bytes);
@@ -106,29 +147,34 @@ bool permitted() {
   return permitted;
 }
 
+#endif
+
 }  // namespace
 
-bool amx_supported() {
-  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // of EDX
+bool bf16_supported() {
+  constexpr unsigned kBFloat16 = 1u << 5;  // of EAX
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || ~edx & (kBFloat16 | kTile)) return false;
-  uint64_t components = 0;
-  return syscall(SYS_arch_prctl, kGetSupported, &components) == 0 && components >> kTileData & 1;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & kBFloat16;
 }
 
 bool has_product() {
-  return row_kernels().isa == std::string("amx") && permitted();
+  const std::string isa = row_kernels().isa;
+  return isa == "avx512_bf16" || isa == "amx";
 }
 
 void product(const ProductParams& p, int num_threads) {
-  MIWV_ASSERT(permitted() && p.num_rows % (2 * kTileRows) == 0);
+  MIWV_ASSERT(bf16_supported() && p.num_rows % (2 * kTileRows) == 0);
+  auto multiply = multiply_vectors;
+#ifdef MIWV_AMX
+  if (row_kernels().isa == std::string("amx") && permitted()) multiply = multiply_tiles;
+#endif
   const int64_t strips = (p.entries + 2 * kTileRows - 1) / (2 * kTileRows);
-  parallel_for(strips, 1, num_threads, [&](int64_t strip) { product_strip(p, strip); });
+  parallel_for(strips, 1, num_threads, [&](int64_t number) { multiply(p, pack_strip(p, number)); });
 }
 
 #else
 
-bool amx_supported() {
+bool bf16_supported() {
   return false;
 }
 
@@ -138,6 +184,24 @@ bool has_product() {
 
 void product(const ProductParams&, int) {
   MIWV_ASSERT(false);
+}
+
+#endif
+
+#ifdef MIWV_AMX
+
+bool amx_supported() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // of EDX
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || ~edx & (kBFloat16 | kTile)) return false;
+  uint64_t components = 0;
+  return syscall(SYS_arch_prctl, kGetSupported, &components) == 0 && components >> kTileData & 1;
+}
+
+#else
+
+bool amx_supported() {
+  return false;
 }
 
 #endif

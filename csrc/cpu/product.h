@@ -20,10 +20,11 @@ struct ProductParams {
   int64_t out_stride;
 };
 
-bool amx_supported();  // by compiler, CPU and system
+bool bf16_supported();  // by compiler and CPU
+bool amx_supported();   // by compiler, CPU and system
 
-// Whether the instruction set in use has such a product: amx, if the system permits it. That is asked for here, once,
-// since the frames of signal handlers grow by 8 KiB with it.
+// Whether the instruction set in use has such a product: avx512_bf16 and amx. Whether the system permits tiles is asked
+// with the first product, since the frames of signal handlers grow by 8 KiB with them; if not, vectors are used.
 bool has_product();
 void product(const ProductParams& params, int num_threads);
 

@@ -79,9 +79,9 @@ namespace {
 constexpr RowKernels kRowKernels[] = {
     MIWV_ROW_KERNELS("generic", generic),
 #if defined(__x86_64__)
-    MIWV_ROW_KERNELS("avx2", avx2),
-    MIWV_ROW_KERNELS("avx512", avx512),
-    MIWV_ROW_KERNELS("amx", avx512),  // whose products are in product.cpp
+    MIWV_ROW_KERNELS("avx2", avx2),          MIWV_ROW_KERNELS("avx512", avx512),
+    MIWV_ROW_KERNELS("avx512_bf16", avx512),  // whose products are in product.cpp
+    MIWV_ROW_KERNELS("amx", avx512),
 #endif
 };
 
@@ -101,7 +101,8 @@ bool supported(const RowKernels& kernels) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (kernels.isa == std::string("avx512")) return avx512;
-  if (kernels.isa == std::string("amx")) return avx512 && amx_supported();
+  if (kernels.isa == std::string("avx512_bf16")) return avx512 && bf16_supported();
+  if (kernels.isa == std::string("amx")) return avx512 && bf16_supported() && amx_supported();
 #endif
   return kernels.isa == std::string("generic");
 }

@@ -58,7 +58,7 @@ def linear_response_nll(
 
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
     the BLAS library's: their last bits may depend on how many tokens there are, everything behind them does not. Those
-    of bfloat16 on a CPU with AMX are our own, and don't.
+    of bfloat16 on a CPU with AVX-512 BF16 or AMX are our own, and don't.
     """
     options = _options(softcap, scale, workspace_bytes, check)
     if is_plain(hidden, weight, targets, offsets, rows, bias):

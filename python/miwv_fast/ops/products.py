@@ -2,7 +2,7 @@
 
 With m tokens to a slice, the head is read T / m times. A logit takes 2 H operations, and 8 bytes: it is written to the
 workspace and read again, on a CPU in its cache. Three kinds: torch's own; on a CPU, where those of 16-bit matrices
-would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AMX.
+would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AVX-512 BF16 or AMX.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _ConvertedProduct(Product):
 
 
 class _TiledProduct(Product):
-    """Of bfloat16 matrices on a CPU with AMX."""
+    """Of bfloat16 matrices on a CPU with AVX-512 BF16 or AMX."""
 
     def _copied(self) -> int:
         return 2 * _padded(self._width)
