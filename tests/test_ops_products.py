@@ -35,7 +35,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     padded[:count, :width] = rows
     out = torch.full((up(count) + 1, up(entries) + 1), 7.0)
     packed = filled(up(entries) + 1, up(width))
-    launch.product(padded[: up(count)], weight, packed, out)
+    launch.product(padded[:count], weight, packed, out)
     assert (out[up(count) :] == 7).all() and (out[:, up(entries) :] == 7).all() and packed[up(entries) :].isnan().all()
     return out[:count, :entries].clone()
 

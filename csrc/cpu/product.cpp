@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 
@@ -61,9 +63,8 @@ struct Strip {
   float* out;  // of the first row
 };
 
-Strip pack_strip(const ProductParams& p, int64_t number) {
+Strip pack_strip(const ProductParams& p, int64_t number, uint16_t* packed) {
   const int64_t tiles = (p.width + kTileWidth - 1) / kTileWidth, column = tiles * kTileElements;
-  uint16_t* const packed = static_cast<uint16_t*>(p.packed) + number * 2 * column;
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t first = number * 2 * kTileRows + half * kTileRows, count = p.entries - first;
     const uint16_t* const rows = static_cast<const uint16_t*>(p.weight) + (count > 0 ? first : 0) * p.weight_stride;
@@ -163,13 +164,21 @@ bool has_product() {
 }
 
 void product(const ProductParams& p, int num_threads) {
-  MIWV_ASSERT(bf16_supported() && p.num_rows % (2 * kTileRows) == 0);
+  MIWV_ASSERT(bf16_supported());
   auto multiply = multiply_vectors;
 #ifdef MIWV_AMX
   if (row_kernels().isa == std::string("amx") && permitted()) multiply = multiply_tiles;
 #endif
   const int64_t strips = (p.entries + 2 * kTileRows - 1) / (2 * kTileRows);
-  parallel_for(strips, 1, num_threads, [&](int64_t number) { multiply(p, pack_strip(p, number)); });
+  const int64_t strip_elements = (p.width + kTileWidth - 1) / kTileWidth * 2 * kTileElements;
+  std::atomic<int64_t> next{0};
+  // Each thread packs its strips into the same place, which stays in its cache.
+  const int64_t workers = std::min<int64_t>(num_threads, strips);
+  parallel_for(workers, 1, num_threads, [&](int64_t worker) {
+    uint16_t* const packed = static_cast<uint16_t*>(p.packed) + worker * strip_elements;
+    for (int64_t number; (number = next.fetch_add(1, std::memory_order_relaxed)) < strips;)
+      multiply(p, pack_strip(p, number, packed));
+  });
 }
 
 #else

@@ -8,15 +8,15 @@ namespace miwv::cpu {
 // out[m][n] = sum_k rows[m][k] * weight[n][k]. Products of bfloat16 are exact in float32; they are added up in float32
 // in an order that depends on the width alone.
 struct ProductParams {
-  const void* rows;  // bfloat16 [num_rows][width], with 0 in front of each row's next multiple of 32
-  int64_t num_rows;  // a multiple of 32
+  const void* rows;  // bfloat16 [num_rows][width]; up to the next multiples of 32 there are numbers, 0 beyond the width
+  int64_t num_rows;
   int64_t row_stride;
   const void* weight;  // bfloat16 [entries][width]
   int64_t weight_stride;
   int64_t entries;
   int64_t width;
   void* packed;  // scratch, bfloat16 [entries][width], both rounded up to multiples of 32
-  float* out;    // [num_rows][entries, rounded up], all of which is written
+  float* out;    // [num_rows][entries], both rounded up: all of it may be written
   int64_t out_stride;
 };
 

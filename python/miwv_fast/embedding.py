@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from miwv_fast.fingerprint import hash_array, hash_weights
+from miwv_fast.ops.matmul import fast_linear
 from miwv_fast.progress import Progress
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -130,7 +131,9 @@ class _Calls:
 
     def _run_here(self, chunks: Iterator[pa.Array]) -> Generator[tuple[int, Any]]:
         for place, texts in enumerate(chunks):
-            yield place, self._encode(texts.to_pylist())
+            with fast_linear():
+                rows = self._encode(texts.to_pylist())
+            yield place, rows
 
 
 def open_embedder(embedder: Embedder) -> Embedder:

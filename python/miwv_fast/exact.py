@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from miwv_fast.ops.matmul import linear
 from miwv_fast.progress import Progress
 
 TIE = 1e-6
@@ -70,7 +71,7 @@ def block_rows(groups: int) -> int:
 def search_rows(unit: torch.Tensor, wanted: np.ndarray, k: int) -> Near:
     """The k most similar other rows of some rows of `unit`, float32 [G, D] of length 1, and their ties."""
     rows = torch.from_numpy(wanted).to(unit.device)
-    similarity = (unit[rows] @ unit.T).clamp_(-1, 1)
+    similarity = linear(unit[rows], unit).clamp_(-1, 1)
     similarity[torch.arange(len(rows), device=unit.device), rows] = -2.0
     # Whoever ties with the k-th best may stand in the place of one of the best k.
     best = min(k, len(unit))

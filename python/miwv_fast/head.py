@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from miwv_fast import ops
 from miwv_fast.devices import to_device
+from miwv_fast.ops.matmul import fast_linear
 
 WORKSPACE_BYTES = 256 << 20
 _locks: WeakKeyDictionary[Any, AbstractContextManager[Any]] = WeakKeyDictionary()
@@ -146,9 +147,11 @@ def positions_at_a_time(model: Any) -> int:
     return max(1, WORKSPACE_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
 
 
-def lock_of(model: Any) -> AbstractContextManager[Any]:
-    """To be held while a model runs: a pass of another thread would meet the hooks of this one."""
-    return _locks.setdefault(model, threading.RLock())
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """Around all passes of a model: one of another thread would meet the hooks of this one."""
+    with _locks.setdefault(model, threading.RLock()), fast_linear():
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from miwv_fast.assembly import TokenSequence
 from miwv_fast.devices import DTYPES, choose_device, choose_dtype, to_device
 from miwv_fast.fields import shorten
 from miwv_fast.fingerprint import hash_weights
-from miwv_fast.head import Scored, lock_of, positions_at_a_time
+from miwv_fast.head import Scored, positions_at_a_time, running
 from miwv_fast.probe import agree, find_head
 from miwv_fast.tokens import check_tokenizer
 
@@ -49,7 +49,7 @@ class CausalLM:
         self.vocab_size = int(config.vocab_size)
         self.shared_length = self.cache_bytes_per_token = self._cache_layers = 0
         self._cache_name = ""
-        with lock_of(self.model):
+        with running(self.model):
             self.head = find_head(self.model, name)
             self._check_sharing()
 
@@ -147,7 +147,7 @@ class CausalLM:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         rows, targets = (torch.from_numpy(values).long() for values in (sequence.rows, sequence.targets))
         # To the head, every token is a response of its own.
-        with lock_of(self.model):
+        with running(self.model):
             return self.head.response_nll(inputs, Scored(rows, targets, torch.arange(len(rows) + 1)))
 
     @torch.inference_mode()
@@ -186,7 +186,7 @@ class CausalLM:
             inputs["attention_mask"] = to_device(torch.cat([kept, position < own], dim=1).long(), self.device)
             # Padding behind a long prefix would stand where the model knows no position.
             inputs["position_ids"] = to_device(lengths + torch.minimum(position, own - 1), self.device)
-        with lock_of(self.model):
+        with running(self.model):
             return self.head.response_nll(inputs, scored)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from miwv_fast.embedding import load_embedder
 from miwv_fast.engine import LocalEngine, ModelFacts
 from miwv_fast.exact import search_rows
 from miwv_fast.model import NO_TOKENIZER
+from miwv_fast.ops.matmul import fast_linear
 from miwv_fast.packing import PackedUnit, pack_near, pack_result
 
 
@@ -87,7 +88,8 @@ class Embed:
         encode = load_embedder(self.embedder, choose_device(self.device))
 
         def work(table: pa.Table) -> pa.Table:
-            rows = encode(table["text"].to_pylist()).astype(np.float32, copy=False)
+            with fast_linear():
+                rows = encode(table["text"].to_pylist()).astype(np.float32, copy=False)
             values = pa.array(rows.ravel(), pa.float32())
             return pa.table({"embedding": pa.FixedSizeListArray.from_arrays(values, rows.shape[1])})
 

@@ -60,8 +60,8 @@ def has_product() -> bool:
 def product(rows: Tensor, weight: Tensor, packed: Tensor, out: Tensor) -> None:
     """Writes `rows @ weight.T` float32 into `out`, whose rows and entries beyond those may be overwritten too.
 
-    rows bfloat16 [m, H] and packed bfloat16 [n, H] (scratch) have all sizes rounded up to multiples of 32, rows with
-    zeros beyond the width H of `weight` [n, H].
+    weight is bfloat16 [n, H]. In memory, rows bfloat16 [m, H] go on to the next multiples of 32, with zeros beyond the
+    width; so do packed bfloat16 [n, H], which is scratch, and out [m, n].
     """
     sizes = (*weight.shape, packed.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads())
     _core.cpu_product(rows.data_ptr(), len(rows), rows.stride(0), weight.data_ptr(), weight.stride(0), *sizes)

@@ -1,8 +1,9 @@
 """Products of hidden states with an output head, slice by slice into one workspace.
 
 With m tokens to a slice, the head is read T / m times. A logit takes 2 H operations, and 8 bytes: it is written to the
-workspace and read again, on a CPU in its cache. Three kinds: torch's own; on a CPU, where those of 16-bit matrices
-would round the logits, of matrices converted to float32; and for bfloat16 a kernel for AVX-512 BF16 or AMX.
+workspace and read again, on a CPU in its cache. Four kinds: torch's own; oneDNN's, where `matmul` says so; on a CPU,
+where those of 16-bit matrices would round the logits, of matrices converted to float32; and for bfloat16 a kernel for
+AVX-512 BF16 or AMX.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from miwv_fast.ops import launch
+from miwv_fast.ops.matmul import linear, uses_onednn
 
 # The tokens of a slice, and its bytes. On a CPU: what fits into its cache, and products as fast as large ones (losses
 # at H = 576 on Zen 3: 16 ns a logit with 512 tokens, 29 with 128; benchmarks/results/head_cpu.json). On a GPU: the head
@@ -51,6 +53,8 @@ def product_of(hidden: Tensor, head: Head, count: int) -> Product:
     too small.
     """
     dtype, device = hidden.dtype, hidden.device
+    if device.type == "cpu" and dtype is torch.float32 and uses_onednn():
+        return _OneDnnProduct(head, count, device)
     if device.type != "cpu" or dtype is torch.float32:
         widens = dtype is not torch.float32 and _gives_float32(device.index, dtype)
         return Product(head, count, device, torch.float32 if widens else dtype)
@@ -121,6 +125,23 @@ class Product:
         return torch.mm(chosen, weight.T, out_dtype=self._dtype, out=logits)
 
 
+class _OneDnnProduct(Product):
+    """Of float32 matrices on a CPU by oneDNN, which gives each slice memory of its own and may copy the head's."""
+
+    def _copied(self) -> int:
+        return 4 * self._width
+
+    def _held(self, tokens: int, entries: int) -> int:
+        # A slice is still there while the next one is made.
+        return super()._held(tokens, entries) + 4 * tokens * entries + self._copied() * entries
+
+    def _allocate(self) -> None:
+        pass
+
+    def _multiply(self, chosen: Tensor, weight: Tensor) -> Tensor:
+        return linear(chosen, weight)
+
+
 class _ConvertedProduct(Product):
     """Of 16-bit matrices on any CPU: in float32, a slice of the head at a time."""
 
@@ -160,7 +181,7 @@ class _TiledProduct(Product):
         return self._rows[: len(chosen), : self._width].copy_(chosen)
 
     def _multiply(self, chosen: Tensor, weight: Tensor) -> Tensor:
-        launch.product(self._rows[: _padded(len(chosen))], weight, self._packed, self._workspace)
+        launch.product(self._rows[: len(chosen)], weight, self._packed, self._workspace)
         return self._workspace[: len(chosen), : len(weight)]
 
 
