@@ -43,7 +43,7 @@ def fast_linear() -> AbstractContextManager[object]:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Not what knows better how to multiply itself, what is not there, or what wants a gradient."""
+    """Not what knows better how to multiply itself, what oneDNN is slow at, what is not there, or wants a gradient."""
     return (
         type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
@@ -51,6 +51,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and weight.is_cpu
         and x.dtype is weight.dtype is torch.float32
         and x.ndim >= 2
+        and weight.is_contiguous()  # rows with gaps between them take oneDNN a thousand times as long
         and x.numel() * weight.numel() > 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
