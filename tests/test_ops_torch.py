@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from miwv_fast import ops
+from miwv_fast.ops import matmul
 
 LOGITS = torch.randn(6, 300)
 BATCH = torch.randn(2, 4, 300)
@@ -320,6 +321,7 @@ def test_build_info() -> None:
     info = ops.build_info()
     assert info["isa"] in info["available_isas"] and info["available_isas"][0] == "generic"
     assert info["threads"] == torch.get_num_threads() and isinstance(info["cuda"], bool)
+    assert info["onednn"] is matmul.uses_onednn()
 
 
 META_LOGITS, META_TARGETS = torch.empty(4, 7, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")

@@ -30,7 +30,7 @@ import pytest
 import torch
 
 import miwv_fast
-from miwv_fast import _core, embedding, formats, job, neighbors, stopping
+from miwv_fast import _core, embedding, formats, job, neighbors, ops, stopping
 from miwv_fast.errors import Interrupted
 from miwv_fast.files import Location
 from miwv_fast.lock import Lock
@@ -480,6 +480,11 @@ def test_another_machine_makes_another_run(folder, monkeypatch):
         with pytest.raises(
             ValueError, match=r"(?s)  cache_tokens: \d+ there, 777 now.*  versions\.torch: .*\"0\.1\" now"
         ):
+            score(folder, "machine")
+    with monkeypatch.context() as patch:
+        build = ops.build_info()
+        patch.setattr(ops, "build_info", lambda: build | {"onednn": not build["onednn"]})
+        with pytest.raises(ValueError, match=r"  kernels: .*, onednn"):
             score(folder, "machine")
     others = set(_core.available_isas()) - {_core.isa()}
     if not others:

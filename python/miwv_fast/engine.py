@@ -28,7 +28,8 @@ class ModelFacts:
 
     `vocab_size` is how many tokens it knows; `max_length` is None where it has no limit; `shared_length` 0 where no
     prefix can be shared; `cache_tokens` is how many tokens' keys and values a unit may keep. `kernels` is the
-    instruction set of the CPU kernels, `versions` those of the packages that the model runs on.
+    instruction set of the CPU kernels, and whether oneDNN multiplies; `versions` those of the packages that the model
+    runs on.
     """
 
     name: str
@@ -103,6 +104,7 @@ class LocalEngine:
         lm = load_model(model, tokenizer, device, dtype, device_map)
         self._runner = Runner(lm, lm.default_batch_tokens() if batch_tokens is None else batch_tokens)
         self.tokenizer = lm.tokenizer
+        build = ops.build_info()
         self.facts = ModelFacts(
             name=lm.name,
             device=str(lm.device),
@@ -112,7 +114,7 @@ class LocalEngine:
             shared_length=lm.shared_length,
             batch_tokens=self._runner.batch_tokens,
             cache_tokens=self._runner.cache_tokens(),
-            kernels=str(ops.build_info()["isa"]),
+            kernels=f"{build['isa']}, onednn" if build["onednn"] else str(build["isa"]),
             versions=package_versions(
                 ("miwv-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
             ),

@@ -39,6 +39,7 @@ from miwv_fast.ops.linear import (
     response_nll_partials,
 )
 from miwv_fast.ops.logits import response_nll, response_nll_difference, token_logprobs
+from miwv_fast.ops.matmul import uses_onednn
 
 __all__ = [
     "build_info",
@@ -85,11 +86,15 @@ def rows_from_labels(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, 
 
 
 def build_info() -> dict[str, object]:
-    """How the kernels were built and what they run on: version, cuda, isa, available_isas, threads."""
+    """How the kernels were built and what they run on: version, cuda, isa, available_isas, threads.
+
+    `onednn` says whether oneDNN multiplies float32 matrices on the CPU, where torch by itself has MKL do it.
+    """
     return {
         "version": _core.version,
         "cuda": _core.has_cuda,
         "isa": _core.isa(),
         "available_isas": _core.available_isas(),
+        "onednn": uses_onednn(),
         "threads": torch.get_num_threads(),
     }
