@@ -24,8 +24,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that oneDNN is given, whatever this CPU is."""
     shapes: list[tuple[int, ...]] = []
 
-    def suits(x: Tensor, weight: Tensor) -> bool:
-        fits = _suits(x, weight)
+    def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        fits = _suits(x, weight, bias)
         if fits:
             shapes.append(tuple(x.shape))
         return fits
@@ -75,12 +75,17 @@ class OwnTensor(Tensor):
 
 
 def test_what_is_left_as_it_is(calls: list[tuple[int, ...]]) -> None:
-    """Other types and classes, nothing at all, vectors, what wants a gradient, and other threads."""
+    """Other types and classes, nothing at all, vectors, what wants a gradient, autocast, and other threads."""
     with matmul.fast_linear():
         x, layer = torch.randn(3, 8), nn.Linear(8, 4)
         layer(x).sum().backward()
         assert layer.weight.grad is not None
+        layer.weight.requires_grad = False
+        layer(x).sum().backward()
+        assert layer.bias.grad.tolist() == [6.0] * 4
         with torch.inference_mode():
+            with torch.autocast("cpu"):
+                assert layer(x).dtype is torch.bfloat16
             for dtype in (torch.float64, torch.bfloat16):
                 assert layer.to(dtype)(x.to(dtype)).dtype is dtype
             layer.float()

@@ -31,7 +31,7 @@ def uses_onednn() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x `[..., H]` times weight `[V, H]`, plus bias `[V]`."""
-    if uses_onednn() and _suits(x, weight):
+    if uses_onednn() and _suits(x, weight, bias):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return nn.functional.linear(x, weight, bias)
@@ -42,18 +42,16 @@ def fast_linear() -> AbstractContextManager[object]:
     return _FastLinear() if uses_onednn() else nullcontext()
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Not what knows better how to multiply itself, what oneDNN is slow at, what is not there, or wants a gradient."""
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Not what knows better how to multiply itself, is slow with oneDNN, is not there, or wants a gradient."""
+    parts = (x, weight) if bias is None else (x, weight, bias)
     return (
-        type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.is_cpu
-        and weight.is_cpu
-        and x.dtype is weight.dtype is torch.float32
+        all(type(part) in (Tensor, nn.Parameter) and part.is_cpu and part.dtype is torch.float32 for part in parts)
         and x.ndim >= 2
         and weight.is_contiguous()  # rows with gaps between them take oneDNN a thousand times as long
         and x.numel() * weight.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
     )
 
 
