@@ -244,7 +244,7 @@ def stale():
         (folder / name).remove()
 
 
-@pytest.mark.parametrize("pid", [2**22 + 1, os.getpid()])  # of a process before this one
+@pytest.mark.parametrize("pid", [2**22 + 1, os.getpid()], ids=["none", "reused"])  # of a process before this one
 def test_the_lock_that_a_dead_process_left_in_a_store(stale, pid, caplog):
     folder = stale(pid=pid)
     assert read_holder(folder) is None
