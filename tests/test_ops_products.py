@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,6 +93,18 @@ def test_losses_by_every_instruction_set(isa: str) -> None:
     # Columns that are adjacent are left to torch.
     columns = ops.linear_response_nll(hidden, weight.T.contiguous().T, targets, offsets, bias=bias)
     assert (columns - losses[0]).abs().max() < 1e-5
+
+
+def test_tiles_emulated(tmp_path: Path) -> None:
+    """The kernel for AMX, whose instructions are functions on arrays there, under both sanitizers."""
+    if "avx512" not in _core.available_isas() or not shutil.which("g++"):
+        pytest.skip("needs g++ and AVX-512")
+    program, source = tmp_path / "tiles", Path(__file__).parent / "emulation" / "tiles.cpp"
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    built = subprocess.run(["g++", *flags, str(source), "-o", str(program)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_without_it_products_are_converted() -> None:
