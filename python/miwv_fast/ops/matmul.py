@@ -1,7 +1,7 @@
 """Products of float32 matrices by oneDNN, where that of torch's two libraries is the faster one.
 
 torch has MKL multiply them, which does not use AVX-512 on AMD's processors: on Zen 5 oneDNN, which torch has as well,
-is 1.7 to 2.3 times as fast (benchmarks/results/head_cpu_zen5.json). `torch.compile` makes the same call of layers.
+is 1.7 to 2.3 times as fast (benchmarks/results/head_cpu_zen5.json). The operator is one that torch's compiler calls.
 """
 
 from __future__ import annotations
