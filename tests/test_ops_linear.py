@@ -121,9 +121,9 @@ def test_a_slice_fits_its_workspace(
         product = kind(head, tokens, torch.device("cpu"))
     except ValueError as error:
         least = int(re.search(r"it must be at least (\d+)", str(error))[1])
-        # Tiles are 32 tokens and entries at least, and as wide.
-        tiled = kind is products._TiledProduct
-        assert workspace < least <= (4 * 32 * 80 + 2 * 97 * (width + 31) if tiled else 4 * (128 + 66 * width))
+        # Tiles are 32 tokens and entries at least, and as wide; oneDNN has two slices of a token.
+        tiled, slices = kind is products._TiledProduct, 2 if kind is products._OneDnnProduct else 1
+        assert workspace < least <= (4 * 32 * 80 + 2 * 97 * (width + 31) if tiled else 4 * (64 * slices + 66 * width))
         return
     buffers = [value for value in vars(product).values() if isinstance(value, torch.Tensor)]
     gathered = product.tokens * width * dtype.itemsize
@@ -133,11 +133,13 @@ def test_a_slice_fits_its_workspace(
         assert 4 * product._entries * (2 * product.tokens + width) + gathered <= workspace
 
 
-def test_a_small_workspace_changes_nothing() -> None:
+@pytest.mark.parametrize(("onednn", "least"), [(False, 4500), (True, 4700)])
+def test_a_small_workspace_changes_nothing(monkeypatch: pytest.MonkeyPatch, onednn: bool, least: int) -> None:
+    monkeypatch.setattr(products, "uses_onednn", lambda: onednn)
     hidden, (weight, bias) = torch.randn(30, 16), head_of(900, 16, torch.float32)
     targets, offsets = torch.arange(30) * 30, torch.tensor([0, 4, 30])
     large = ops.linear_response_nll(hidden, weight, targets, offsets, bias=bias)
-    for workspace in (4700, 20_000, 100_000):
+    for workspace in (least, 20_000, 100_000):
         small = ops.linear_response_nll(hidden, weight, targets, offsets, bias=bias, workspace_bytes=workspace)
         np.testing.assert_allclose(small.numpy(), large.numpy(), rtol=0, atol=rounding(weight, hidden))
     with pytest.raises(ValueError, match=r"workspace_bytes is 100, it must be at least \d+ for H = 16 and V = 900"):

@@ -79,9 +79,10 @@ namespace {
 constexpr RowKernels kRowKernels[] = {
     MIWV_ROW_KERNELS("generic", generic),
 #if defined(__x86_64__)
-    MIWV_ROW_KERNELS("avx2", avx2),          MIWV_ROW_KERNELS("avx512", avx512),
-    MIWV_ROW_KERNELS("avx512_bf16", avx512),  // whose products are in product.cpp
-    MIWV_ROW_KERNELS("amx", avx512),
+    MIWV_ROW_KERNELS("avx2", avx2),           // with fma and f16c
+    MIWV_ROW_KERNELS("avx512", avx512),       // with dq, bw and vl
+    MIWV_ROW_KERNELS("avx512_bf16", avx512),  // with products by vectors,
+    MIWV_ROW_KERNELS("amx", avx512),          // or by tiles, in product.cpp
 #endif
 };
 
