@@ -57,8 +57,8 @@ def linear_response_nll(
     more than `workspace_bytes` are held, whatever V and T are. Dtypes, NaN and errors: as `miwv_fast.ops` says.
 
     Logits are float32 also where hidden and weight are of 16 bits, except on CUDA before torch 2.8. The products are
-    those of torch's libraries: their last bits may depend on how many tokens there are, everything behind them does not. Those
-    of bfloat16 on a CPU with AVX-512 BF16 or AMX are our own, and don't.
+    those of torch's libraries: their last bits may depend on how many tokens there are, everything behind them does
+    not. Those of bfloat16 on a CPU with AVX-512 BF16 or AMX are our own, and don't.
     """
     options = _options(softcap, scale, workspace_bytes, check)
     if is_plain(hidden, weight, targets, offsets, rows, bias):
